@@ -1,0 +1,105 @@
+"""Every error that Tunesmith raises on purpose: one line that says what is wrong, where, and what to do.
+
+    TunesmithError                exit code 2: bad input or configuration
+    |-- ConfigError               a key, a value or a combination of settings
+    |-- DataError                 a data file, or a row of it
+    |-- TemplateError             a prompt template
+    |-- TokenizerError            tokenizer files, or a tokenizer that does not fit the model
+    |-- ModelError                model files: names, shapes, missing weights, unknown architecture
+    |-- AdapterError              adapter files, or a method that cannot be attached
+    |   `-- CannotMerge           a method that cannot be folded into the base weights, with the reason
+    |-- CatalogError              a name that cannot be resolved or downloaded
+    |-- CheckpointError           a checkpoint that is incomplete or belongs to another run
+    |-- GenerationError           inconsistent generation settings
+    |-- ResourceError             exit code 3
+    |   |-- OutOfMemory
+    |   `-- DiskError
+    `-- CheckFailed               exit code 4
+        |-- VerificationError     what was saved is not what was trained
+        `-- NumericalError        a value that is not finite, or a training signal that is dead
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TunesmithError(Exception):
+    """Base of all of Tunesmith's errors; `exit_code` is what the command line returns."""
+
+    exit_code = 2
+
+
+class ConfigError(TunesmithError):
+    """A configuration key, value or combination is wrong."""
+
+
+class DataError(TunesmithError):
+    """A data file or one of its rows is wrong; the message names file and line."""
+
+
+class TemplateError(TunesmithError):
+    """A prompt template is unknown, malformed or unsafe."""
+
+
+class TokenizerError(TunesmithError):
+    """Tokenizer files are wrong, or do not fit the model."""
+
+
+class ModelError(TunesmithError):
+    """Model files are wrong, incomplete or of an unknown architecture."""
+
+
+class AdapterError(TunesmithError):
+    """Adapter files are wrong, or a method cannot be attached to this model."""
+
+
+class CannotMerge(AdapterError):
+    """This method cannot be folded into the base weights; the message says why."""
+
+
+class CatalogError(TunesmithError):
+    """A model or data name cannot be resolved or fetched."""
+
+
+class CheckpointError(TunesmithError):
+    """A checkpoint is incomplete, damaged, or belongs to another run."""
+
+
+class GenerationError(TunesmithError):
+    """Generation settings contradict each other or are out of range."""
+
+
+class ResourceError(TunesmithError):
+    """The machine ran out of something."""
+
+    exit_code = 3
+
+
+class OutOfMemory(ResourceError):
+    """Memory ran out; the message says what needed how much."""
+
+
+class DiskError(ResourceError):
+    """A write failed; the message gives the path and the bytes needed."""
+
+
+class CheckFailed(TunesmithError):
+    """A check that Tunesmith makes by default failed."""
+
+    exit_code = 4
+
+
+class VerificationError(CheckFailed):
+    """What was saved does not do what was trained."""
+
+
+class NumericalError(CheckFailed):
+    """A loss, gradient or activation is not finite, or training cannot move."""
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the closest of `choices`, or an empty string."""
+    close = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
