@@ -1,0 +1,112 @@
+"""The element-wise parts of a block, each with a backward of its own that keeps only what it needs.
+
+Autograd on the plain formula keeps every float32 intermediate; these keep the inputs in their own dtype. `PLAIN` holds the
+formulas themselves, as autograd twins: tests/laws compares each pair, values and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; the mean in float32."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (tokens, heads, head_dim), first half against second half, as Hugging Face lays it out."""
+    return _Rotate.apply(x, cos, sin)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return _SwiGLU.apply(gate, up)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = _wide(x)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).to(x.dtype) * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed = _wide(x) * scale
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (_wide(grad) * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None
+        inner = _wide(grad) * _wide(weight)
+        inner = (inner - normed * (inner * normed).mean(-1, keepdim=True)) * scale
+        return inner.to(x.dtype), grad_weight, None
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos[:, None], sin[:, None])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos[:, None], -sin[:, None]), None, None  # the inverse rotation
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return functional.silu(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        sigmoid = torch.sigmoid(_wide(gate))
+        silu = _wide(gate) * sigmoid
+        wide = _wide(grad)
+        grad_gate = wide * _wide(up) * (sigmoid + silu * (1 - sigmoid))
+        return grad_gate.to(gate.dtype), (wide * silu).to(up.dtype)
+
+
+def _plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = _wide(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def _plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _turn(x, cos[:, None], sin[:, None])
+
+
+def _plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(gate) * up
+
+
+PLAIN: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
+    rms_norm: _plain_rms_norm,
+    rotate: _plain_rotate,
+    swiglu: _plain_swiglu,
+}

@@ -1,0 +1,190 @@
+"""The LLaMA family in one file: LLaMA 1-3, Mistral, Qwen2, Qwen3 and kin, told apart by fields of ModelConfig.
+
+    h = embed(tokens)
+    for each block:   h = h + attention(norm(h));   h = h + mlp(norm(h))
+    logits = lm_head(norm(h))
+
+Tokens of all segments lie end to end in one row; there is no batch dimension and no padding, and a `Layout` says who sees
+whom. Parameters carry Hugging Face's names, in memory as on disk. Every value that a method may edit passes through a
+`Seam`, which is the identity until something is attached.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tunesmith.model.attention import attend
+from tunesmith.model.cache import Cache
+from tunesmith.model.config import ModelConfig
+from tunesmith.model.fused import rms_norm, rotate, swiglu
+from tunesmith.model.layout import Layout
+from tunesmith.model.linear import Linear
+from tunesmith.model.rope import rotary_tables
+from tunesmith.model.seam import Context, Seam
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean square taken in float32   (arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+        self.edit = Seam()
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """(..., size) -> (..., size)."""
+        y = rms_norm(x, self.weight, self.eps)
+        return self.edit(y, self, ctx, x) if len(self.edit) else y
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions.
+
+    Seams: `past` edits (k, v) before attention; `mix` edits the heads' output (tokens, heads, head_dim) before o_proj and is
+    given q with its rotary embedding.
+    """
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.index, self.heads, self.kv_heads, self.head_dim = index, heads, kv_heads, width
+        self.window = config.sliding_window if index in config.window_layers else None
+        self.q_proj = Linear(config.hidden_size, heads * width, config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_heads * width, config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_heads * width, config.qkv_bias)
+        self.o_proj = Linear(heads * width, config.hidden_size, config.o_bias)
+        self.q_norm = RMSNorm(width, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(width, config.rms_norm_eps) if config.qk_norm else None
+        self.past, self.mix = Seam(), Seam()
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """(tokens, hidden_size) -> (tokens, hidden_size)."""
+        q = self.q_proj(x, ctx).view(-1, self.heads, self.head_dim)
+        k = self.k_proj(x, ctx).view(-1, self.kv_heads, self.head_dim)
+        v = self.v_proj(x, ctx).view(-1, self.kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q, ctx), self.k_norm(k, ctx)
+        q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
+        if len(self.past):
+            k, v = self.past((k, v), self, ctx)
+        if ctx.cache is None:
+            out = attend(q, k, v, ctx.layout, self.window)
+        else:
+            out = ctx.cache.attend(self.index, q, k, v, ctx.layout, self.window)
+        if len(self.mix):
+            out = self.mix(out, self, ctx, q)
+        return self.o_proj(out.flatten(1), ctx)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))   (SwiGLU, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """(tokens, hidden_size) -> (tokens, hidden_size)."""
+        return self.down_proj(swiglu(self.gate_proj(x, ctx), self.up_proj(x, ctx)), ctx)
+
+
+class Block(nn.Module):
+    """One decoder layer.
+
+    Seams: `after_attn` and `after_mlp` edit what is added to the residual and are given the sub-layer's input; `resid` edits
+    the residual stream at the block's end.
+    """
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, index)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.after_attn, self.after_mlp, self.resid = Seam(), Seam(), Seam()
+
+    def forward(self, h: Tensor, ctx: Context) -> Tensor:
+        """(tokens, hidden_size) -> (tokens, hidden_size)."""
+        x = self.input_layernorm(h, ctx)
+        h = h + self.after_attn(self.self_attn(x, ctx), self, ctx, x)
+        x = self.post_attention_layernorm(h, ctx)
+        h = h + self.after_mlp(self.mlp(x, ctx), self, ctx, x)
+        return self.resid(h, self, ctx)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: Hugging Face's `model.` prefix."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.embed = Seam()
+
+
+class Llama(nn.Module):
+    """A decoder-only language model over flat rows. Build it with `load_model`, or on the meta device from a ModelConfig."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Where the configuration ties them, let head and embedding be the same Parameter."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the residual stream: the embedding's."""
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding lies."""
+        return self.model.embed_tokens.weight.device
+
+    def context(self, layout: Layout, cache: Cache | None = None, adapters: tuple[str, ...] | None = None) -> Context:
+        """What the edits of this batch may know."""
+        positions = layout.positions if cache is None else cache.begin(layout)
+        cos, sin = rotary_tables(self.config, positions.to(self.device), self.dtype)
+        return Context(layout, cos, sin, adapters, cache)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        *,
+        cache: Cache | None = None,
+        adapters: tuple[str, ...] | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
+        """Hidden states after the final norm, (tokens, hidden_size), for token ids (tokens,).
+
+        `cache`: see `Cache`. `adapters`: the attached adapters that act (None: all, (): the bare base). `recompute`: keep only
+        the blocks' inputs for the backward, and run each block again there.
+        """
+        ctx = self.context(layout, cache, adapters)
+        return self.run(tokens, ctx, recompute)
+
+    def run(self, tokens: Tensor, ctx: Context, recompute: bool = False) -> Tensor:
+        """`forward` with a context already made, for callers that need it again for `logits`."""
+        h = self.model.embed(self.model.embed_tokens(tokens), self.model, ctx)
+        for layer in self.model.layers:
+            h = checkpoint(layer, h, ctx, use_reentrant=False) if recompute else layer(h, ctx)
+        if ctx.cache is not None:
+            ctx.cache.advance()
+        return self.model.norm(h, ctx)
+
+    def logits(self, hidden: Tensor, ctx: Context) -> Tensor:
+        """(n, hidden_size) -> (n, vocab_size)."""
+        return self.lm_head(hidden, ctx)
