@@ -75,12 +75,17 @@ class ModelSection:
     path: str = Field(
         min_length=1, description="Hub name, catalog name, folder in Hugging Face layout, or a .gguf file."
     )
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub name; none is the default branch.")
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit of a hub name; none is the default branch."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision of the frozen weights; auto is bfloat16 where the hardware is fast in it."
+        default="auto",
+        description="Precision of the frozen weights; auto is bfloat16 where the hardware is fast in it.",
     )
     device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto (a GPU if there is one), cpu, cuda or cuda:N."
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto (a GPU if there is one), cpu, cuda or cuda:N.",
     )
 
 
@@ -91,26 +96,32 @@ class DataSection:
     train: str = Field(
         min_length=1, description="A file (.json .jsonl .csv .parquet .txt), a folder with train/valid/test, or a name."
     )
-    valid: str | None = Field(None, description="Validation rows; none takes those of the folder, or `valid_size`.")
+    valid: str | None = Field(
+        default=None, description="Validation rows; none takes those of the folder, or `valid_size`."
+    )
     valid_size: Annotated[int | float | None, BeforeValidator(_valid_size)] = Field(
-        None,
+        default=None,
         ge=0,
         description="Rows held out of `train` for validation: a number, or a share below 1; 0 holds out none.",
     )
     template: str = Field(
-        "chat",
+        default="chat",
         min_length=1,
         description="chat (the model's own), alpaca, alpaca-short, llama2-chat, dolly, plain, or a string with "
         "{instruction} {input} {output} {system} {text}.",
     )
-    schema: str = Field("auto", min_length=1, description="How rows are read; auto recognises the schema by its keys.")
-    instruction: str | None = Field(
-        None, description="Instruction put before rows that have none, such as text and label."
+    schema: str = Field(
+        default="auto", min_length=1, description="How rows are read; auto recognises the schema by its keys."
     )
-    cutoff: Count = Field(1024, description="Longest example in tokens; the rest is cut off and counted.")
-    train_on_inputs: bool = Field(False, description="Also learn the prompt, not the answer alone.")
-    limit: Count | None = Field(None, description="Use only the first rows of `train`.")
-    labels: Words = Field((), description="Labels of a classification, in order; empty takes those found in the data.")
+    instruction: str | None = Field(
+        default=None, description="Instruction put before rows that have none, such as text and label."
+    )
+    cutoff: Count = Field(default=1024, description="Longest example in tokens; the rest is cut off and counted.")
+    train_on_inputs: bool = Field(default=False, description="Also learn the prompt, not the answer alone.")
+    limit: Count | None = Field(default=None, description="Use only the first rows of `train`.")
+    labels: Words = Field(
+        default=(), description="Labels of a classification, in order; empty takes those found in the data."
+    )
 
     @model_validator(mode="after")
     def _one_validation_set(self) -> Self:
@@ -123,32 +134,48 @@ class DataSection:
 class TrainSection:
     """Training: how long, in which batches, and by which optimizer. A step is an optimizer step, everywhere."""
 
-    epochs: float = Field(1.0, gt=0, description="Passes over the training rows; a fraction is allowed.")
-    max_steps: Count | None = Field(None, description="Stop after this many optimizer steps, whatever `epochs` says.")
-    batch_size: Count = Field(16, description="Rows an optimizer step, over all processes and accumulation steps.")
-    micro_batch: Count | None = Field(None, description="Most rows in one pack; none lets `pack_tokens` decide.")
+    epochs: float = Field(default=1.0, gt=0, description="Passes over the training rows; a fraction is allowed.")
+    max_steps: Count | None = Field(
+        default=None, description="Stop after this many optimizer steps, whatever `epochs` says."
+    )
+    batch_size: Count = Field(
+        default=16, description="Rows an optimizer step, over all processes and accumulation steps."
+    )
+    micro_batch: Count | None = Field(
+        default=None, description="Most rows in one pack; none lets `pack_tokens` decide."
+    )
     pack_tokens: Count | None = Field(
-        None, description="Most tokens in one pack; none is chosen from the memory at hand."
+        default=None, description="Most tokens in one pack; none is chosen from the memory at hand."
     )
-    share_prefix: bool = Field(True, description="Compute tokens that examples begin with in common once a pack.")
-    learning_rate: float | None = Field(None, gt=0, description="Peak learning rate; none is the method's own default.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Learning rate after the warm-up.")
-    warmup_steps: int = Field(0, ge=0, description="Warm-up in optimizer steps; not together with `warmup_ratio`.")
-    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Warm-up as a share of all optimizer steps.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW).")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment.")
-    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment.")
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 clips nothing.")
-    recompute: bool = Field(False, description="Recompute each block in the backward pass: less memory, more time.")
-    shuffle: bool = Field(True, description="Visit rows in a new random order each epoch.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of initialisation, shuffling and dropout.")
+    share_prefix: bool = Field(
+        default=True, description="Compute tokens that examples begin with in common once a pack."
+    )
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="Peak learning rate; none is the method's own default."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="cosine", description="Learning rate after the warm-up."
+    )
+    warmup_steps: int = Field(
+        default=0, ge=0, description="Warm-up in optimizer steps; not together with `warmup_ratio`."
+    )
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1, description="Warm-up as a share of all optimizer steps.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay (AdamW).")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the first moment.")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the second moment.")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are clipped to this norm; 0 clips nothing.")
+    recompute: bool = Field(
+        default=False, description="Recompute each block in the backward pass: less memory, more time."
+    )
+    shuffle: bool = Field(default=True, description="Visit rows in a new random order each epoch.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of initialisation, shuffling and dropout.")
     save_steps: Count | None = Field(
-        None, description="Steps between checkpoints; none saves at the end of each epoch."
+        default=None, description="Steps between checkpoints; none saves at the end of each epoch."
     )
-    keep_checkpoints: Count = Field(2, description="Complete checkpoints kept, newest first, beside the best.")
+    keep_checkpoints: Count = Field(default=2, description="Complete checkpoints kept, newest first, beside the best.")
     resume: Annotated[str | None, BeforeValidator(_resume)] = Field(
-        None,
+        default=None,
         min_length=1,
         description="Go on from a checkpoint folder; latest (or true) is the last complete one of the run.",
     )
@@ -168,16 +195,18 @@ def _best(data: dict[str, Any]) -> str:
 class EvaluateSection:
     """Evaluation during training, and which measure chooses the best checkpoint."""
 
-    every_steps: Count | None = Field(None, description="Optimizer steps between evaluations; none is once an epoch.")
-    metrics: Words = Field((), description="Measured beside eval_loss, such as accuracy.")
+    every_steps: Count | None = Field(
+        default=None, description="Optimizer steps between evaluations; none is once an epoch."
+    )
+    metrics: Words = Field(default=(), description="Measured beside eval_loss, such as accuracy.")
     best: str = Field(
         default_factory=_best,
         min_length=1,
         description="Metric that chooses the best checkpoint; by default the first task metric listed, else eval_loss.",
     )
-    patience: Count | None = Field(None, description="Stop after this many evaluations without a better one.")
-    rows: Count | None = Field(None, description="Use only the first validation rows.")
-    samples: int = Field(3, ge=0, description="Generations shown before and after training.")
+    patience: Count | None = Field(default=None, description="Stop after this many evaluations without a better one.")
+    rows: Count | None = Field(default=None, description="Use only the first validation rows.")
+    samples: int = Field(default=3, ge=0, description="Generations shown before and after training.")
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
@@ -190,9 +219,13 @@ class EvaluateSection:
 class LogSection:
     """Experiment trackers; a run's own metrics.jsonl is always written."""
 
-    report_to: Trackers = Field((), description="tensorboard, wandb or trackio; empty (or none) reports nowhere.")
-    project: str = Field("tunesmith", min_length=1, description="Project that trackers file the run under.")
-    name: str | None = Field(None, min_length=1, description="The run's name there; none is the run's own name.")
+    report_to: Trackers = Field(
+        default=(), description="tensorboard, wandb or trackio; empty (or none) reports nowhere."
+    )
+    project: str = Field(default="tunesmith", min_length=1, description="Project that trackers file the run under.")
+    name: str | None = Field(
+        default=None, min_length=1, description="The run's name there; none is the run's own name."
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -205,12 +238,12 @@ class Run:
         default_factory=lambda: {"kind": "lora"},
         description="The method: `kind` and that method's own settings.",
     )
-    train: TrainSection = Field(default_factory=lambda: TrainSection(), description="Training.")
-    evaluate: EvaluateSection = Field(default_factory=lambda: EvaluateSection(), description="Evaluation.")
-    log: LogSection = Field(default_factory=lambda: LogSection(), description="Trackers.")
-    output_dir: str = Field("runs", min_length=1, description="Folder that run folders are made in.")
+    train: TrainSection = Field(default_factory=TrainSection, description="Training.")
+    evaluate: EvaluateSection = Field(default_factory=EvaluateSection, description="Evaluation.")
+    log: LogSection = Field(default_factory=LogSection, description="Trackers.")
+    output_dir: str = Field(default="runs", min_length=1, description="Folder that run folders are made in.")
     name: Annotated[str | None, BeforeValidator(_folder)] = Field(
-        None,
+        default=None,
         description="Name of the run's folder; none is made from the model, the data and the method.",
     )
 
