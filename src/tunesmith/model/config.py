@@ -7,13 +7,13 @@ code) is ever imported.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from tunesmith.errors import ModelError, did_you_mean
-from tunesmith.model.fields import Fields
+from tunesmith.model.fields import Fields, shortest
+from tunesmith.model.rope_scaling import RopeScaling, rope_from_gguf, rope_from_hf
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -55,29 +55,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched: `linear` divides all by `factor`; `llama3` only the long wavelengths."""
-
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def to_hf(self) -> dict[str, Any]:
-        """Return the mapping that config.json keeps under `rope_scaling`."""
-        if self.kind == "linear":
-            return {"rope_type": "linear", "type": "linear", "factor": self.factor}
-        return {
-            "rope_type": "llama3",
-            "factor": self.factor,
-            "low_freq_factor": self.low_freq_factor,
-            "high_freq_factor": self.high_freq_factor,
-            "original_max_position_embeddings": self.original_max_position_embeddings,
-        }
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """Sizes and switches of one model; the differences between families are fields, not subclasses.
 
@@ -112,7 +89,9 @@ class ModelConfig:
     def from_hf(cls, config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """Read the keys of a Hugging Face config.json; ModelError names a key that is missing, absurd or unknown."""
         if not isinstance(config, Mapping):
-            raise ModelError(f"{where}: holds {type(config).__name__}, not a mapping of keys; is it the model's config?")
+            raise ModelError(
+                f"{where}: holds {type(config).__name__}, not a mapping of keys; is it the model's config?"
+            )
         read = Fields(config, where)
         kind = _model_type(config, where)
         _refuse_unknown_arithmetic(config, where)
@@ -121,7 +100,7 @@ class ModelConfig:
         layers = read.count("num_hidden_layers", most=4096)
         bias = read.flag("attention_bias", False)
         window, window_layers = _window(read, kind, layers)
-        theta, scaling = _rope_from_hf(config, where)
+        theta, scaling = rope_from_hf(config, where)
         built = cls(
             model_type=kind,
             vocab_size=read.count("vocab_size", most=1 << 24),
@@ -130,7 +109,7 @@ class ModelConfig:
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=read.count("num_key_value_heads", heads, most=65536),
-            head_dim=read.count("head_dim", 128 if kind == "qwen3" else _head_dim(hidden, heads, where), most=65536),
+            head_dim=read.count("head_dim", 128 if kind == "qwen3" else _head_dim(hidden, heads), most=65536),
             rms_norm_eps=read.number("rms_norm_eps", 1e-6, most=1.0),
             rope_theta=theta,
             rope_scaling=scaling,
@@ -147,7 +126,9 @@ class ModelConfig:
             pad_token_id=read.token("pad_token_id", None),
         )
         if kind != "llama" and built.mlp_bias or kind == "mistral" and bias:
-            raise ModelError(f"{where}: attention_bias/mlp_bias: {kind} models have none; Tunesmith cannot compute this")
+            raise ModelError(
+                f"{where}: attention_bias/mlp_bias: {kind} models have none; Tunesmith cannot compute this"
+            )
         return built._checked(where)
 
     @classmethod
@@ -156,24 +137,65 @@ class ModelConfig:
         fields: Mapping[str, Any],
         where: str,
         *,
-        tensors: Collection[str] = (),
+        tensors: Mapping[str, tuple[int, ...]],
         rope_freqs: Sequence[float] | None = None,
     ) -> ModelConfig:
         """Read GGUF metadata (plain values by key).
 
-        `tensors` are the names of the file's tensors: whether the head is tied and which biases exist is only said
-        there. `rope_freqs` is the content of `rope_freqs.weight`, from which Llama 3's scaling is recovered.
+        `tensors` gives the shape (rows first) of each of the file's tensors: whether the head is tied and which biases
+        exist is only said there. `rope_freqs` is `rope_freqs.weight`, from which Llama 3's scaling is recovered.
         """
-        from tunesmith.model.gguf_config import config_from_gguf
-
-        return config_from_gguf(fields, where, tensors=tensors, rope_freqs=rope_freqs)
+        arch = fields.get("general.architecture")
+        if arch not in ("llama", "qwen2", "qwen3"):
+            raise ModelError(
+                f"{where}: GGUF architecture {str(arch)[:60]!r} is not supported; known: llama, qwen2, qwen3"
+            )
+        read = Fields(fields, where)
+        _refuse_gguf_arithmetic(read, arch)
+        heads = read.count(f"{arch}.attention.head_count", most=65536)
+        hidden = read.count(f"{arch}.embedding_length", most=1 << 20)
+        layers = read.count(f"{arch}.block_count", most=4096)
+        head_dim = read.count(f"{arch}.attention.key_length", _head_dim(hidden, heads), most=65536)
+        theta, scaling = rope_from_gguf(read, arch, head_dim, rope_freqs)
+        window = read.optional_count(f"{arch}.attention.sliding_window", None)
+        rows = tensors.get("token_embd.weight", (0,))[0]
+        built = cls(
+            model_type="mistral" if arch == "llama" and window else arch,
+            vocab_size=read.count(f"{arch}.vocab_size", rows or None, most=1 << 24),
+            hidden_size=hidden,
+            intermediate_size=read.count(f"{arch}.feed_forward_length", most=1 << 22),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=read.count(f"{arch}.attention.head_count_kv", heads, most=65536),
+            head_dim=head_dim,
+            rms_norm_eps=shortest(read.number(f"{arch}.attention.layer_norm_rms_epsilon", None, most=1.0)),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position_embeddings=read.count(f"{arch}.context_length", 2048),
+            tie_word_embeddings="output.weight" not in tensors,
+            qkv_bias="blk.0.attn_q.bias" in tensors,
+            o_bias="blk.0.attn_output.bias" in tensors,
+            mlp_bias="blk.0.ffn_down.bias" in tensors,
+            qk_norm=arch == "qwen3",
+            sliding_window=window,
+            window_layers=tuple(range(layers)) if window else (),
+            bos_token_id=read.token("tokenizer.ggml.bos_token_id", None),
+            eos_token_ids=read.tokens("tokenizer.ggml.eos_token_id", ()),
+            pad_token_id=read.token("tokenizer.ggml.padding_token_id", None),
+        )
+        return built._checked(where)
 
     def to_hf(self) -> dict[str, Any]:
         """Return config.json's mapping, in the keys that every reader knows; ModelError where no family can say it."""
-        if self.model_type not in ("llama", "qwen3") and self.o_bias or self.model_type == "llama" and (
-            self.qkv_bias != self.o_bias
+        if (
+            self.model_type not in ("llama", "qwen3")
+            and self.o_bias
+            or self.model_type == "llama"
+            and (self.qkv_bias != self.o_bias)
         ):
-            raise ModelError(f"a {self.model_type} config.json cannot say qkv_bias={self.qkv_bias}, o_bias={self.o_bias}")
+            raise ModelError(
+                f"a {self.model_type} config.json cannot say qkv_bias={self.qkv_bias}, o_bias={self.o_bias}"
+            )
         eos = list(self.eos_token_ids)
         out: dict[str, Any] = {
             "architectures": [_ARCHITECTURE[self.model_type]],
@@ -227,7 +249,10 @@ class ModelConfig:
             "mlp.up_proj": (inner, hidden, self.mlp_bias),
             "mlp.down_proj": (hidden, inner, self.mlp_bias),
         }
-        shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "input_layernorm.weight": (hidden,),
+            "post_attention_layernorm.weight": (hidden,),
+        }
         for name, (rows, columns, bias) in linears.items():
             shapes[f"{name}.weight"] = (rows, columns)
             if bias:
@@ -237,7 +262,9 @@ class ModelConfig:
         return shapes
 
     def _qwen_window(self) -> dict[str, Any]:
-        kinds = ["sliding_attention" if i in self.window_layers else "full_attention" for i in range(self.num_hidden_layers)]
+        kinds = [
+            "sliding_attention" if i in self.window_layers else "full_attention" for i in range(self.num_hidden_layers)
+        ]
         return {
             "use_sliding_window": self.sliding_window is not None,
             "sliding_window": self.sliding_window,
@@ -257,10 +284,14 @@ class ModelConfig:
         for name in ("bos_token_id", "pad_token_id"):
             token = getattr(self, name)
             if token is not None and token >= self.vocab_size:
-                raise ModelError(f"{where}: {name} {token} is outside of the vocabulary of {self.vocab_size}; correct it")
+                raise ModelError(
+                    f"{where}: {name} {token} is outside of the vocabulary of {self.vocab_size}; correct it"
+                )
         for token in self.eos_token_ids:
             if token >= self.vocab_size:
-                raise ModelError(f"{where}: eos_token_id {token} is outside of the vocabulary of {self.vocab_size}; correct it")
+                raise ModelError(
+                    f"{where}: eos_token_id {token} is outside of the vocabulary of {self.vocab_size}; correct it"
+                )
         return self
 
 
@@ -276,7 +307,9 @@ def _model_type(config: Mapping[str, Any], where: str) -> str:
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
         hint = did_you_mean(str(kind), MODEL_TYPES)
-        raise ModelError(f"{where}: model_type {str(kind)[:60]!r} is not supported; known: {', '.join(MODEL_TYPES)}{hint}")
+        raise ModelError(
+            f"{where}: model_type {str(kind)[:60]!r} is not supported; known: {', '.join(MODEL_TYPES)}{hint}"
+        )
     return str(kind)
 
 
@@ -284,10 +317,32 @@ def _refuse_unknown_arithmetic(config: Mapping[str, Any], where: str) -> None:
     for key, neutral in _NEUTRAL.items():
         if key in config and config[key] not in neutral:
             cure = "; use the unquantized original, Tunesmith quantizes by itself" if "quantization" in key else ""
-            raise ModelError(f"{where}: {key}={str(config[key])[:60]!r} changes what the model computes; not supported{cure}")
+            raise ModelError(
+                f"{where}: {key}={str(config[key])[:60]!r} changes what the model computes; not supported{cure}"
+            )
 
 
-def _head_dim(hidden: int, heads: int, where: str) -> int | None:
+def _refuse_gguf_arithmetic(read: Fields, arch: str) -> None:
+    for key in (
+        "expert_count",
+        "attention.logit_softcapping",
+        "final_logit_softcapping",
+        "logit_scale",
+        "residual_scale",
+    ):
+        if read.values.get(f"{arch}.{key}"):
+            raise ModelError(f"{read.where}: {arch}.{key}={str(read.values[f'{arch}.{key}'])[:60]}: not supported")
+    if arch != "llama" and read.values.get(f"{arch}.attention.sliding_window"):
+        raise ModelError(
+            f"{read.where}: {arch}.attention.sliding_window: which layers have it is not said; not supported"
+        )
+    if read.values.get(f"{arch}.attention.value_length") != read.values.get(f"{arch}.attention.key_length"):
+        raise ModelError(f"{read.where}: {arch}.attention.key_length and value_length differ; not supported")
+    if not read.values.get(f"{arch}.attention.causal", True):
+        raise ModelError(f"{read.where}: {arch}.attention.causal is off: an encoder, not a language model")
+
+
+def _head_dim(hidden: int, heads: int) -> int | None:
     if hidden % heads:
         return None  # then head_dim must be said, and Fields.count asks for it
     return hidden // heads
@@ -299,7 +354,9 @@ def _window(read: Fields, kind: str, layers: int) -> tuple[int | None, tuple[int
     types = read.names("layer_types", ("full_attention", "sliding_attention"), layers)
     if kind == "llama":
         if window is not None or types and "sliding_attention" in types:
-            raise ModelError(f"{read.where}: sliding_window: a llama model has none; is model_type meant to be 'mistral'?")
+            raise ModelError(
+                f"{read.where}: sliding_window: a llama model has none; is model_type meant to be 'mistral'?"
+            )
         return None, ()
     if kind == "mistral":
         if types is not None and len(set(types)) > 1:
@@ -315,39 +372,3 @@ def _window(read: Fields, kind: str, layers: int) -> tuple[int | None, tuple[int
     else:
         chosen = tuple(i for i, name in enumerate(types) if name == "sliding_attention")
     return (window, chosen) if chosen else (None, ())
-
-
-def _rope_from_hf(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """(rope_theta, scaling) from the older keys or from transformers 5's `rope_parameters`."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-        raise ModelError(f"{where}: rope_parameters: one mapping for all layers is expected, got {str(rope)[:60]!r}")
-    read = Fields(rope, f"{where}: rope_scaling")
-    outer = Fields(config, where).number("rope_theta", 10000.0, least=1.0, most=1e15)
-    parameters = config.get("rope_parameters")
-    inner = parameters.get("rope_theta") if isinstance(parameters, Mapping) else None
-    theta = read.number("rope_theta", outer if inner is None else inner, least=1.0, most=1e15)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "factor", "original_max_position_embeddings"}
-    if kind == "llama3":
-        known |= {"low_freq_factor", "high_freq_factor"}
-    elif kind not in ("default", "linear", None):
-        raise ModelError(f"{where}: rope type {str(kind)[:60]!r} is not supported; known: default, linear, llama3")
-    for key, value in rope.items():
-        if key not in known and value is not None or key == "partial_rotary_factor" and value not in (None, 1):
-            raise ModelError(f"{where}: rope_scaling.{str(key)[:60]}={str(value)[:60]!r} is not understood; not supported")
-    if kind in ("default", None):
-        return theta, None
-    factor = read.number("factor", None, least=1.0, most=1e6)
-    if kind == "linear":
-        return theta, RopeScaling("linear", factor)
-    scaling = RopeScaling(
-        "llama3",
-        factor,
-        read.number("low_freq_factor", None, most=1e6),
-        read.number("high_freq_factor", None, most=1e6),
-        read.count("original_max_position_embeddings", None, most=1 << 31),
-    )
-    if not scaling.low_freq_factor < scaling.high_freq_factor or math.isclose(factor, 0):
-        raise ModelError(f"{where}: rope_scaling: low_freq_factor must be below high_freq_factor")
-    return theta, scaling

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -86,3 +87,13 @@ class Fields:
 
     def _bad(self, key: str, value: Any, wanted: str) -> ModelError:
         return ModelError(f"{self.where}: {key}={str(value)[:60]!r}; {wanted} is needed")
+
+
+def shortest(value: float) -> float:
+    """Return the shortest decimal that is the same float32: GGUF keeps 1e-5 as 9.999999747378752e-06."""
+    single = struct.unpack("<f", struct.pack("<f", value))[0]
+    for digits in range(1, 10):
+        text = f"{single:.{digits}g}"
+        if struct.unpack("<f", struct.pack("<f", float(text)))[0] == single:
+            return float(text)
+    return float(single)
