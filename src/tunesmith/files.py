@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.errors import DiskError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 MARKER = "COMPLETE"
@@ -65,8 +66,10 @@ def atomic_save_safetensors(
 
     No second copy of all tensors is made, as serializing into one byte string would. Raises DiskError.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # as safetensors: aligned data
-    head = _safetensors_header(names, tensors, metadata)
+    dtypes = _dtypes()
+    order = list(dtypes)
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
+    head = _safetensors_header({name: tensors[name] for name in names}, dtypes, metadata)
     size = len(head) + sum(tensors[name].numel() * tensors[name].element_size() for name in names)
 
     def parts() -> Iterator[bytes | memoryview]:
@@ -94,11 +97,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         try:
             yield staging
+            with _disk_errors(path, None):
+                _seal(staging)
+                _put_in_place(staging, path)
         except DiskError as error:
             raise DiskError(str(error).replace(str(staging), str(path))) from error
-        with _disk_errors(path, None):
-            _seal(staging)
-            _put_in_place(staging, path)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -330,29 +333,31 @@ def _locked(path: Path) -> bool:
         os.close(descriptor)
 
 
-def _safetensors_header(names: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
+def _safetensors_header(
+    tensors: Mapping[str, Tensor], dtypes: Mapping[torch.dtype, str], metadata: Mapping[str, str] | None
+) -> bytes:
     """8 bytes of length (little endian), JSON of dtype, shape and offsets, spaces up to a multiple of 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for name in names:
-        tensor = tensors[name]
+    for name, tensor in tensors.items():
         end = offset + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": _dtype_name(tensor), "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        entries[name] = {"dtype": dtypes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _dtype_name(tensor: Tensor) -> str:
+def _dtypes() -> dict[torch.dtype, str]:
+    """Names of the format, in the order in which the safetensors library lays types out (widest first: aligned)."""
     import torch
 
-    names = {
-        torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-        torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-        torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    return {
+        torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32",
+        torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16",
+        torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+        torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     }  # fmt: skip
-    return names[tensor.dtype]
 
 
 def _raw(tensor: Tensor) -> memoryview:

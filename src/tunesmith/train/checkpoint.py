@@ -1,9 +1,9 @@
 """Checkpoints: folders of safetensors and JSON, written whole or not at all, checked before they are used.
 
-    checkpoint-000200/
-      GROUP.safetensors   one file a group of named tensors: adapter, optimizer, rng, ...
-      state.json          {"format": 1, "step": 200, "groups": [...], "state": whatever the loop needs to go on}
-      COMPLETE            names, sizes and SHA-256 of the files above; written last
+checkpoint-000200/
+  GROUP.safetensors   one file a group of named tensors: adapter, optimizer, rng, ...
+  state.json          {"format": 1, "step": 200, "groups": [...], "state": whatever the loop needs to go on}
+  COMPLETE            names, sizes and SHA-256 of the files above; written last
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def save_checkpoint(
     try:
         json.dumps(state)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the state of checkpoint {step} does not fit JSON ({error}): pass plain values") from None
+        raise CheckpointError(
+            f"the state of checkpoint {step} does not fit JSON ({error}): pass plain values"
+        ) from None
     path = checkpoint_path(run_folder, step)
     with atomic_folder(path) as staging:
         for group, named in tensors.items():
@@ -179,7 +181,9 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Parameter, s
             raise CheckpointError(f"an optimized parameter of shape {tuple(parameter.shape)} has no name to save it by")
         for key, value in entries.items():
             if not isinstance(value, Tensor):
-                raise CheckpointError(f"{names[parameter]}.{key}: optimizer state of {type(value).__name__} is not saved")
+                raise CheckpointError(
+                    f"{names[parameter]}.{key}: optimizer state of {type(value).__name__} is not saved"
+                )
             packed[f"{names[parameter]}.{key}"] = value
     return packed
 
