@@ -1,13 +1,17 @@
-"""Read single values out of a file's metadata, refusing absurd ones by key and value."""
+"""Read JSON files and single values of somebody else's metadata, refusing absurd ones by key and value."""
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import ModelError, did_you_mean
+from tunesmith.errors import ModelError, TunesmithError, did_you_mean
+
+_MOST_JSON = 64 << 20
 
 
 class Fields:
@@ -97,3 +101,15 @@ def shortest(value: float) -> float:
         if struct.unpack("<f", struct.pack("<f", float(text)))[0] == single:
             return float(text)
     return float(single)
+
+
+def read_json(path: Path, error: type[TunesmithError] = ModelError) -> Any:
+    """Return the content of a JSON file of somebody else's; `error`, in one line, where it cannot be read."""
+    try:
+        if path.stat().st_size > _MOST_JSON:
+            raise error(f"{path}: {path.stat().st_size} bytes are more than a file of settings has ({_MOST_JSON})")
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path}: no such file; is this the model's folder?") from None
+    except (OSError, ValueError, RecursionError) as reason:
+        raise error(f"{path}: not readable as JSON ({str(reason)[:120]}); download it again") from None
