@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tunesmith.model.layout import Layout
@@ -31,7 +33,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None =
 
 
 def _attend_tiled(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) -> Tensor:
-    return tiled_attention(q, k, v, list(layout.tiles(window)))[0]
+    return _Attend.apply(q, k, v, *layout.tiles(window))
 
 
 def _attend_dense(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) -> Tensor:
@@ -169,18 +171,21 @@ def _(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, tiles = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, *output, *tiles)
+class _Attend(torch.autograd.Function):
+    """The two operators as one differentiable function."""
 
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *tiles: Tensor) -> Tensor:
+        out, sums = tiled_attention(q, k, v, list(tiles))
+        ctx.save_for_backward(q, k, v, out, sums, *tiles)
+        return out
 
-def _backward(ctx, grad: Tensor, _grad_sums: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
-    q, k, v, out, sums, *tiles = ctx.saved_tensors
-    return *tiled_attention_backward(grad.contiguous(), q, k, v, out, sums, tiles), None
-
-
-tiled_attention.register_autograd(_backward, setup_context=_setup)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, sums, *tiles = ctx.saved_tensors
+        grads = tiled_attention_backward(grad.contiguous(), q, k, v, out, sums, tiles)
+        return *grads, *[None] * len(tiles)
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:

@@ -1,0 +1,160 @@
+"""What an adaptation method is, and how one is attached to a model.
+
+    Method  one per file: which settings it takes, which deltas it places in which seams, which base parameters it trains
+    Delta   the small module that sits in a seam
+    Adapter one method attached to one model under a name: what to train and what to save
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.errors import AdapterError, CannotMerge
+from tunesmith.model.llama import Llama
+from tunesmith.model.seam import Context, Seam
+
+
+class Delta(nn.Module):
+    """Base of the modules that sit in a seam. Owns its parameters and buffers; no caches, no reference to its host."""
+
+    def forward(self, value: Any, host: nn.Module, ctx: Context, given: Any) -> Any:
+        """Return the edited value. `host` owns the seam; `given` is what else the seam knows."""
+        raise NotImplementedError
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias of a plain Linear that computes the same, in float32. Raises CannotMerge."""
+        raise CannotMerge(f"{type(self).__name__} cannot be folded into a weight: keep the adapter beside its base")
+
+    def penalty(self) -> Tensor | None:
+        """A scalar added to the loss, or None."""
+        return None
+
+    def after_step(self) -> None:
+        """Called after every optimizer step."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Put `delta` into seam `seam` of the module at `path` (the model's own name for it)."""
+
+    path: str
+    seam: str
+    delta: Delta
+
+
+class Method(Protocol):
+    """An adaptation method. A file in this folder makes one by setting `METHOD` to an object of this shape."""
+
+    kind: str
+    settings: type  # a strict pydantic dataclass: what the user may write under `adapter:`
+    learning_rate: float  # the default that works
+    identity_at_init: bool  # does attaching it leave the model's output exactly as it was?
+    mergeable: bool
+
+    def place(self, model: Llama, settings: Any) -> Iterator[Placement]:
+        """Yield the deltas to put into the model, freshly initialised, in float32."""
+
+    def unfreeze(self, model: Llama, settings: Any) -> Iterator[str]:
+        """Yield the names of base parameters that the method trains."""
+
+    def lr_scale(self, name: str, settings: Any) -> float:
+        """Factor on the learning rate of the parameter `name` (as in `Adapter.trainable`)."""
+
+
+@dataclass
+class Adapter:
+    """A method attached to a model under a name.
+
+    `deltas` maps "path.seam" to the delta there; `base` names the base parameters that are trained as well.
+    """
+
+    name: str
+    method: Method
+    settings: Any
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    base: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The method's name."""
+        return self.method.kind
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter by a name that does not depend on the adapter's: "path.seam.PARAMETER"."""
+        own = {f"{place}.{key}": p for place, delta in self.deltas.items() for key, p in delta.named_parameters()}
+        return {**own, **self.base}
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that must be saved to have this adapter again: parameters and buffers, detached, not copied."""
+        own = {f"{place}.{key}": t for place, delta in self.deltas.items() for key, t in delta.state_dict().items()}
+        return {**own, **{key: p.detach() for key, p in self.base.items()}}
+
+    def load_state(self, tensors: Mapping[str, Tensor], where: str) -> None:
+        """Copy `tensors` in. Raises AdapterError unless names and shapes are exactly those of `state`."""
+        own = self.state()
+        problems = [f"{key}: missing" for key in own if key not in tensors]
+        problems += [f"{key}: unexpected" for key in tensors if key not in own]
+        problems += [
+            f"{key}: shape {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}"
+            for key in own
+            if key in tensors and own[key].shape != tensors[key].shape
+        ]
+        if problems:
+            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise AdapterError(f"{where}: does not fit this model: {'; '.join(problems[:5])}{more}")
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(tensors[key])
+
+    def penalty(self) -> Tensor | None:
+        """The sum of the deltas' penalties, or None where there is none."""
+        found = [p for delta in self.deltas.values() if (p := delta.penalty()) is not None]
+        return torch.stack(found).sum() if found else None
+
+    def after_step(self) -> None:
+        """Let every delta act after an optimizer step."""
+        for delta in self.deltas.values():
+            delta.after_step()
+
+
+def install(model: Llama, method: Method, settings: Any, name: str, seed: int) -> Adapter:
+    """Attach `method` under `name`: place its deltas, unfreeze what it trains. Raises AdapterError, and changes nothing then."""
+    if not name.isidentifier() or hasattr(Seam, name):
+        raise AdapterError(f"adapter name {name!r}: use letters, digits and _, and no word of Python's dictionaries")
+    if any(name in module for module in model.modules() if isinstance(module, Seam)):
+        raise AdapterError(f"adapter {name!r} is already attached: choose another name or detach it first")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        placements = list(method.place(model, settings))
+    base = {key: model.get_parameter(key) for key in method.unfreeze(model, settings)}
+    if not placements and not base:
+        raise AdapterError(f"adapter {name!r} ({method.kind}): its settings select nothing to train in this model")
+    adapter = Adapter(name, method, settings)
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    for placement in placements:
+        seam = model.get_submodule(f"{placement.path}.{placement.seam}")
+        if not isinstance(seam, Seam):
+            raise AdapterError(f"{placement.path}.{placement.seam} is no seam: method {method.kind} is written wrongly")
+        delta = placement.delta.to(device=model.device, dtype=dtype).train(model.training)
+        seam[name] = delta
+        adapter.deltas[f"{placement.path}.{placement.seam}"] = delta
+    for key, parameter in base.items():
+        adapter.base[key] = parameter.requires_grad_(True)
+    return adapter
+
+
+def uninstall(model: Llama, adapter: Adapter) -> None:
+    """Take an adapter off. Raises AdapterError for one that trained base weights: those cannot be had back."""
+    if adapter.base:
+        raise AdapterError(f"adapter {adapter.name!r} ({adapter.kind}) changed base weights: load the base model again")
+    for place in adapter.deltas:
+        seam = model.get_submodule(place)
+        if isinstance(seam, Seam):
+            del seam[adapter.name]
+    adapter.deltas.clear()

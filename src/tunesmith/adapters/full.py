@@ -1,0 +1,41 @@
+"""Full fine-tuning: every parameter of the base is trained. The baseline that every other method is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic.dataclasses import dataclass
+
+from tunesmith.adapters.base import Placement
+from tunesmith.config import STRICT
+from tunesmith.model.llama import Llama
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FullSettings:
+    """`kind: full` has no settings of its own."""
+
+
+class Full:
+    """The method of `kind: full`."""
+
+    kind = "full"
+    settings = FullSettings
+    learning_rate = 2e-5
+    identity_at_init = True
+    mergeable = False
+
+    def place(self, model: Llama, settings: FullSettings) -> Iterator[Placement]:
+        """No deltas."""
+        return iter(())
+
+    def unfreeze(self, model: Llama, settings: FullSettings) -> Iterator[str]:
+        """Every parameter of the base; a tied head is named once, as the embedding."""
+        return (name for name, _ in model.named_parameters())
+
+    def lr_scale(self, name: str, settings: FullSettings) -> float:
+        """One rate for all."""
+        return 1.0
+
+
+METHOD = Full()

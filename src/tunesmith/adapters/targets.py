@@ -1,0 +1,84 @@
+"""Which Linear modules a method acts on: by list of names, by regular expression, or all of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
+
+from tunesmith.errors import AdapterError, did_you_mean
+from tunesmith.model.linear import Linear
+from tunesmith.model.llama import Llama
+
+T = TypeVar("T")
+
+
+def select_linears(
+    model: Llama, target: str | Sequence[str], layers: Sequence[int] | None = None, where: str = "adapter"
+) -> Iterator[tuple[str, Linear]]:
+    """Yield (path, Linear) for `target`, with PEFT's meaning of it.
+
+    A list names modules by the end of their path; a string is a regular expression that matches a whole path, or
+    "all-linear": every Linear but lm_head. `layers` keeps those decoder layers only. Raises AdapterError where an entry
+    matches nothing.
+    """
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
+    if target == "all-linear":
+        chosen = [path for path in linears if path != "lm_head"]
+    elif isinstance(target, str):
+        try:
+            chosen = [path for path in linears if re.fullmatch(target, path)]
+        except re.error as error:
+            raise AdapterError(f"{where}.target_modules: {target!r} is no regular expression: {error}") from None
+        if not chosen:
+            raise AdapterError(f"{where}.target_modules: {target!r} matches no module; {_known(linears)}")
+    else:
+        chosen = []
+        for entry in target:
+            found = [path for path in linears if path == entry or path.endswith(f".{entry}")]
+            if not found:
+                ends = {path.rsplit(".", 1)[-1] for path in linears}
+                raise AdapterError(
+                    f"{where}.target_modules: {entry!r} names no module{did_you_mean(entry, ends)}; {_known(linears)}"
+                )
+            chosen += found
+    wanted = set(chosen)
+    if layers is not None:
+        _check_layers(model, layers, where)
+        wanted = {path for path in wanted if layer_of(path) in layers}
+    if not wanted:
+        raise AdapterError(f"{where}: target_modules and layers_to_transform together select no module")
+    yield from ((path, module) for path, module in linears.items() if path in wanted)
+
+
+def layer_of(path: str) -> int | None:
+    """The decoder layer that a module path lies in, or None."""
+    found = re.match(r"model\.layers\.(\d+)\.", path)
+    return int(found[1]) if found else None
+
+
+def by_pattern(patterns: Mapping[str, T], path: str, default: T) -> T:
+    """The value of the first pattern that matches the end of `path` (PEFT's rank_pattern and alpha_pattern)."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def check_patterns(patterns: Mapping[str, object], paths: Sequence[str], where: str) -> None:
+    """Raise AdapterError for a pattern that matches none of the adapted modules."""
+    for key in patterns:
+        try:
+            matched = any(re.match(rf"(.*\.)?({key})$", path) for path in paths)
+        except re.error as error:
+            raise AdapterError(f"{where}: {key!r} is no regular expression: {error}") from None
+        if not matched:
+            raise AdapterError(f"{where}: {key!r} matches none of the adapted modules, so it would do nothing")
+
+
+def _check_layers(model: Llama, layers: Sequence[int], where: str) -> None:
+    count = model.config.num_hidden_layers
+    for layer in layers:
+        if not 0 <= layer < count:
+            raise AdapterError(f"{where}.layers_to_transform: no layer {layer}; this model has layers 0 to {count - 1}")
+
+
+def _known(linears: Mapping[str, Linear]) -> str:
+    return "this model has " + ", ".join(sorted({path.rsplit(".", 1)[-1] for path in linears}))

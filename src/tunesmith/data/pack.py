@@ -1,0 +1,177 @@
+"""Packs: several examples in one row without padding, what they begin with in common standing there once.
+
+    examples   A B C D E F        row       [ A B C | D E F | X Y ]      segment 0 is the parent of 1 and 2
+               A B C X Y          targets   (position, token, weight): the last position of the prefix has two next tokens
+
+Targets are triples because a shared position may have several next tokens, and a shared target counts once for each
+example that has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunesmith.data.encode import Example
+from tunesmith.model.layout import Layout
+
+MIN_SAVING = 8  # tokens that sharing must save: below, one more segment costs more than it saves
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One row of the packed step: `tokens` (T,), their `layout`, and the targets.
+
+    Position `where[i]` is to predict token `target[i]` with weight `weight[i]`, each (n,). `examples` are the packed
+    examples' indices, and `rows[j]` the positions of example j's tokens, in order.
+    """
+
+    tokens: Tensor
+    layout: Layout
+    where: Tensor
+    target: Tensor
+    weight: Tensor
+    examples: tuple[int, ...]
+    rows: tuple[np.ndarray, ...]
+
+    @property
+    def supervised(self) -> float:
+        """Number of supervised tokens, counted for every example."""
+        return float(self.weight.sum())
+
+
+@dataclass(frozen=True)
+class Node:
+    """A run of tokens that all of `members` have at [start, stop); `parent` is the node before it (-1: none)."""
+
+    start: int
+    stop: int
+    parent: int
+    members: tuple[int, ...]
+
+
+def prefix_tree(sequences: Sequence[np.ndarray], share: bool = True) -> list[Node]:
+    """Cut sequences into nodes so that a common beginning is one node; a parent comes before its children.
+
+    Sharing is exact by construction: the members of a node have equal tokens from 0 to `stop`. Without `share`, one node
+    a sequence.
+    """
+    if not share:
+        return [Node(0, len(s), -1, (i,)) for i, s in enumerate(sequences) if len(s)]
+    nodes: list[Node] = []
+    order = sorted(range(len(sequences)), key=lambda i: sequences[i].tolist())
+    stack: list[tuple[list[int], int, int]] = [(order, 0, -1)]  # members, first token not yet covered, parent
+    while stack:
+        members, start, parent = stack.pop()
+        common = _common(sequences[members[0]], sequences[members[-1]])  # sorted: the ends differ first
+        if len(members) == 1 or (len(members) - 1) * (common - start) >= MIN_SAVING:
+            if common > start:
+                nodes.append(Node(start, common, parent, tuple(members)))
+                start, parent = common, len(nodes) - 1
+            members = [i for i in members if len(sequences[i]) > common]
+        else:
+            ended = [i for i in members if len(sequences[i]) == common]
+            nodes += [Node(start, common, parent, (i,)) for i in ended if common > start]
+            members = members[len(ended) :]  # the sequences that end here sort first
+        stack += [(group, start, parent) for group in reversed(list(_split(sequences, members, common)))]
+    return nodes
+
+
+def plan_packs(
+    examples: Sequence[Example],
+    *,
+    budget: int,
+    max_rows: int | None = None,
+    share: bool = True,
+    device: torch.device | str = "cpu",
+) -> list[Pack]:
+    """Pack `examples` into as few rows of at most `budget` tokens (shared ones counted once) as are needed, evenly filled.
+
+    `max_rows` bounds the examples of a pack. An example longer than the budget has a pack to itself. Empty examples vanish.
+    """
+    indices = [i for i, e in enumerate(examples) if len(e.ids)]
+    if share:  # neighbours share the most
+        indices.sort(key=lambda i: examples[i].ids.tolist())
+    groups = _divide(examples, indices, budget, max_rows, share)
+    return [build_pack([examples[i] for i in group], group, share, device) for group in groups]
+
+
+def build_pack(
+    examples: Sequence[Example], indices: Sequence[int], share: bool = True, device: torch.device | str = "cpu"
+) -> Pack:
+    """Lay `examples` out as one pack; `indices` is what the pack calls them."""
+    nodes = prefix_tree([e.ids for e in examples], share)
+    layout = Layout.of([n.stop - n.start for n in nodes], [n.parent for n in nodes], device)
+    tokens = np.concatenate([examples[n.members[0]].ids[n.start : n.stop] for n in nodes]).astype(np.int64)
+    rows = [np.zeros(len(e.ids), np.int64) for e in examples]
+    for node, first in zip(nodes, layout.starts, strict=True):
+        for member in node.members:
+            rows[member][node.start : node.stop] = np.arange(first, first + node.stop - node.start)
+    where, target, weight = _targets(examples, rows)
+    return Pack(
+        torch.from_numpy(tokens).to(device),
+        layout,
+        torch.from_numpy(where).to(device),
+        torch.from_numpy(target).to(device),
+        torch.from_numpy(weight).to(device),
+        tuple(indices),
+        tuple(rows),
+    )
+
+
+def _targets(examples: Sequence[Example], rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(position, token, weight) of every supervised token that has a token before it; equal pairs are one, weights added."""
+    where, target = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for example, row in zip(examples, rows, strict=True):
+        chosen = np.flatnonzero(example.supervised[1:])
+        where.append(row[chosen])
+        target.append(example.ids[chosen + 1].astype(np.int64))
+    pairs = np.stack([np.concatenate(where), np.concatenate(target)], axis=1)
+    unique, count = np.unique(pairs, axis=0, return_counts=True)
+    return unique[:, 0].copy(), unique[:, 1].copy(), count.astype(np.float32)
+
+
+def _divide(
+    examples: Sequence[Example], indices: list[int], budget: int, max_rows: int | None, share: bool
+) -> Iterator[list[int]]:
+    """Cut the order into runs of at most `budget` tokens and `max_rows` examples, as even as the order allows."""
+    whole = [len(examples[i].ids) for i in indices]
+    fresh = list(whole)
+    if share:
+        for at in range(1, len(indices)):
+            fresh[at] -= _common(examples[indices[at - 1]].ids, examples[indices[at]].ids)
+    packs = max(1, -(-sum(fresh) // budget))
+    aim = min(budget, -(-sum(fresh) // packs) + max(fresh, default=0) // 2)
+    group: list[int] = []
+    filled = 0
+    for index, size, new in zip(indices, whole, fresh, strict=True):
+        if group and (filled + new > aim or len(group) == max_rows):
+            yield group
+            group, filled = [], 0
+        filled += new if group else size
+        group.append(index)
+    if group:
+        yield group
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """Number of tokens that both begin with."""
+    size = min(len(a), len(b))
+    different = np.flatnonzero(a[:size] != b[:size])
+    return int(different[0]) if len(different) else size
+
+
+def _split(sequences: Sequence[np.ndarray], members: list[int], at: int) -> Iterator[list[int]]:
+    """Neighbours of the sorted order that have the same token at `at`."""
+    group: list[int] = []
+    for member in members:
+        if group and sequences[member][at] != sequences[group[0]][at]:
+            yield group
+            group = []
+        group.append(member)
+    if group:
+        yield group
