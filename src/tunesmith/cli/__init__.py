@@ -1,0 +1,9 @@
+"""The command line: `tunesmith COMMAND`. Each command parses, calls one function of a room below, and shows the result.
+
+No module of this package imports torch, transformers or pydantic at the top: `--help` has to answer at once.
+"""
+
+from tunesmith.cli import data, show, train, use, verify
+from tunesmith.cli.app import app, main
+
+__all__ = ["app", "data", "main", "show", "train", "use", "verify"]

@@ -1,0 +1,150 @@
+"""`tunesmith train` (alias `finetune`), `plan` and `demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from tunesmith.cli.app import app, command, console, note, out, out_json
+from tunesmith.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tunesmith.config import Run
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="CONFIG|KEY=VALUE", help="A YAML file, and settings that replace its own."),
+]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Base model: hub or catalog name, folder, .gguf file.")
+]
+Data = Annotated[str | None, typer.Option("--data", "-d", help="Training data: file, folder or catalog name.")]
+OutputDir = Annotated[str | None, typer.Option("--output-dir", "-o", help="Folder that run folders are made in.")]
+Name = Annotated[str | None, typer.Option("--name", help="Name of the run's folder.")]
+Epochs = Annotated[float | None, typer.Option("--epochs", help="Passes over the data.")]
+LearningRate = Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate.")]
+Resume = Annotated[
+    str | None,
+    typer.Option("--resume", metavar="[PATH]", help="Go on from a checkpoint; without PATH, the run's latest."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+class _TrainCommand(TyperCommand):
+    """Lets `--resume` stand alone: the latest checkpoint is meant."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Complete a bare `--resume` before the options are parsed."""
+        return super().parse_args(ctx, complete_resume(args))
+
+
+def complete_resume(args: list[str]) -> list[str]:
+    """Return `args` with `latest` after a `--resume` that no path follows."""
+    done: list[str] = []
+    for i, word in enumerate(args):
+        done.append(word)
+        after = args[i + 1] if i + 1 < len(args) else "-"
+        if word == "--resume" and (after.startswith("-") or "=" in after or after.endswith((".yaml", ".yml"))):
+            done.append("latest")
+    return done
+
+
+def train(
+    words: Words = None,
+    model: Model = None,
+    data: Data = None,
+    output_dir: OutputDir = None,
+    name: Name = None,
+    epochs: Epochs = None,
+    learning_rate: LearningRate = None,
+    resume: Resume = None,
+) -> None:
+    """Train an adapter, verify what was saved, and print the run folder.
+
+    \b
+    tunesmith train --model smollm2-135m-instruct --data movie-reviews
+    tunesmith train config.yaml train.epochs=3 adapter.rank=16
+    tunesmith train --resume runs/NAME
+    """
+    run = read_run(
+        words or [],
+        {
+            "model.path": model,
+            "data.train": data,
+            "output_dir": output_dir,
+            "name": name,
+            "train.epochs": epochs,
+            "train.learning_rate": learning_rate,
+            "train.resume": resume,
+        },
+    )
+    from tunesmith import api
+
+    out(str(api.train_run(run, console=console())))
+
+
+command(app, "train", cls=_TrainCommand)(train)
+command(app, "finetune", cls=_TrainCommand, help="The same as train.")(train)
+
+
+@command(app, "plan")
+def plan(words: Words = None, model: Model = None, data: Data = None, json: Json = False) -> None:
+    """Print what a run would need and do, without training: memory, steps, tokens, what is trained."""
+    run = read_run(words or [], {"model.path": model, "data.train": data})
+    from tunesmith import api
+
+    report = api.plan_run(run)
+    if json:
+        out_json(report)
+        return
+    for key, value in report.items():
+        out(f"{key.replace('_', ' '):<24} {value}")
+
+
+@command(app, "demo")
+def demo(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rows and steps: minutes less, accuracy less.")] = False,
+    output_dir: OutputDir = None,
+) -> None:
+    """Adapt SmolLM2-135M to movie reviews: accuracy before and after, generations, a verified adapter."""
+    from tunesmith import api
+
+    out(str(api.demo(overrides=overrides or [], quick=quick, output_dir=output_dir, console=console())))
+
+
+def read_run(words: list[str], flags: dict[str, Any]) -> Run:
+    """Return the run that a command's words and flags describe; its notes go to stderr. Raises ConfigError."""
+    config, overrides = split_words(words)
+    if config is None:
+        config = _config_of_resumed(flags.get("train.resume"))
+    if config is None and not overrides and not any(flags.values()):
+        raise ConfigError(
+            "nothing to train: give a YAML file, or --model NAME and --data FILE; 'tunesmith demo' shows a whole run"
+        )
+    from tunesmith.config import load_run
+
+    run, notes = load_run(config, overrides, flags)
+    for line in notes:
+        note(f"note: {line}")
+    return run
+
+
+def split_words(words: list[str]) -> tuple[Path | None, list[str]]:
+    """Tell the configuration file from the overrides among a command's words. Raises ConfigError for a second file."""
+    files = [word for word in words if "=" not in word or Path(word).is_file()]
+    if len(files) > 1:
+        raise ConfigError(f"{files[1]!r}: one configuration file at a time; an override is written key=value")
+    return (Path(files[0]) if files else None), [word for word in words if word not in files]
+
+
+def _config_of_resumed(resume: str | None) -> Path | None:
+    """The configuration in the run folder that `--resume PATH` points into."""
+    if resume is None or resume == "latest":
+        return None
+    folder = Path(resume)
+    found = [place / "config.yaml" for place in (folder, folder.parent) if (place / "config.yaml").is_file()]
+    return found[0] if found else None
