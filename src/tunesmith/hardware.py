@@ -1,0 +1,171 @@
+"""What this machine has: cores, memory, what its processor and GPUs compute fast, and where the cache lies."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_PACKAGES = (
+    *("torch", "safetensors", "tokenizers", "sentencepiece", "gguf", "huggingface_hub", "numpy", "jinja2", "pydantic"),
+    *("typer", "rich", "pyyaml", "pyarrow", "wandb", "trackio", "tensorboard", "transformers", "peft"),
+)
+_TOLD = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "neon", "asimd", "bf16")
+_SETTINGS = (
+    *("TUNESMITH_HOME", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"),
+    *("WANDB_MODE", "WANDB_PROJECT"),
+)
+_USER = re.compile(r"//[^/@]*@")  # user and password of an address
+_AMPERE = (8, 0)  # the first CUDA capability that computes bfloat16; below it (V100, T4) PyTorch only emulates it
+
+
+def cache_dir() -> Path:
+    """Where downloads are kept: TUNESMITH_HOME, else XDG_CACHE_HOME/tunesmith, else ~/.cache/tunesmith."""
+    if home := os.environ.get("TUNESMITH_HOME"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tunesmith"
+
+
+def cores() -> int:
+    """How many cores this process may use: its affinity, and the quota of its control group."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, min(usable, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no control groups here, or the quota is "max"
+        return usable
+
+
+def memory() -> tuple[int, int]:
+    """Main memory in bytes, (total, available), bounded by the control group's limit."""
+    import psutil
+
+    found = psutil.virtual_memory()
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return found.total, found.available
+    return min(found.total, limit), max(0, min(found.available, limit - used))
+
+
+@cache
+def cpu_features() -> frozenset[str]:
+    """The processor's instruction sets, by the names that Linux gives them (avx512_bf16, amx_bf16, ...)."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                return frozenset(value.split())
+    except OSError:
+        pass
+    import torch
+
+    level = torch.backends.cpu.get_cpu_capability().lower()  # no /proc (macOS, Windows): "avx2", "avx512", "default"
+    return frozenset({"avx512": {"avx2", "avx512f"}, "avx2": {"avx2"}}.get(level, set()))
+
+
+def recommended_dtype(device: str | torch.device = "cpu") -> str:
+    """The dtype for frozen weights on `device`: "bfloat16" where the hardware computes in it, else "float32".
+
+    float16 is never chosen: it overflows silently. So a V100 or a T4 gets float32.
+    """
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        native = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= _AMPERE
+        return "bfloat16" if native else "float32"
+    if device.type == "cpu" and cpu_features() & {"avx512_bf16", "amx_bf16"}:
+        return "bfloat16"
+    return "float32"
+
+
+def gpus() -> list[dict[str, Any]]:
+    """One entry for each GPU that torch can use: name, memory in bytes, compute capability, recommended dtype."""
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        about = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": about.name,
+                "memory_bytes": about.total_memory,
+                "capability": f"{about.major}.{about.minor}",
+                "recommended_dtype": recommended_dtype(f"cuda:{index}"),
+            }
+        )
+    return found
+
+
+def describe() -> dict[str, Any]:
+    """What a bug report needs; plain values that print as JSON. Tokens and passwords are not in it."""
+    import torch
+
+    from tunesmith import __version__
+
+    total, available = memory()
+    return {
+        "tunesmith": __version__,
+        "revision": _revision(),
+        "python": sys.version.split()[0],
+        "system": platform.platform(),
+        "packages": _versions(),
+        "cpu": {
+            "model": _cpu_model(),
+            "cores": cores(),
+            "features": sorted(cpu_features().intersection(_TOLD)),
+            "torch_threads": torch.get_num_threads(),
+            "recommended_dtype": recommended_dtype("cpu"),
+        },
+        "memory": {"total_bytes": total, "available_bytes": available},
+        "cuda": torch.version.cuda or torch.version.hip,
+        "gpus": gpus(),
+        "cache": str(cache_dir()),
+        "settings": {name: _USER.sub("//", os.environ[name]) for name in _SETTINGS if name in os.environ},
+        "hf_token": "set" if os.environ.get("HF_TOKEN") else "not set",
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _revision() -> str | None:
+    """The commit of a source checkout, with "+" where tracked files were changed; None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        ask = {"cwd": root, "capture_output": True, "text": True, "timeout": 10, "check": True}
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **ask).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **ask).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if changed else "")
