@@ -1,4 +1,4 @@
-"""Atomic writes: the same bytes as safetensors itself, in the right order, and whole or not at all under every fault."""
+"""Atomic writes: the same bytes as safetensors itself, in the right order, and whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedules against transformers', the optimizer against its formula, clipping against torch's, the fp16 loss scaler."""
+"""Schedules against transformers', the optimizer against its formula, clipping against torch's, loss scaling."""
 
 from __future__ import annotations
 

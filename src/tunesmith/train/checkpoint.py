@@ -176,15 +176,15 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Parameter, s
     Raises CheckpointError for a parameter without a name or a state that is no tensor.
     """
     packed = {}
+    known: Mapping[Any, str] = names
     for parameter, entries in optimizer.state.items():
-        if parameter not in names:
+        name = known.get(parameter)
+        if name is None:
             raise CheckpointError(f"an optimized parameter of shape {tuple(parameter.shape)} has no name to save it by")
         for key, value in entries.items():
             if not isinstance(value, Tensor):
-                raise CheckpointError(
-                    f"{names[parameter]}.{key}: optimizer state of {type(value).__name__} is not saved"
-                )
-            packed[f"{names[parameter]}.{key}"] = value
+                raise CheckpointError(f"{name}.{key}: optimizer state of {type(value).__name__} is not saved")
+            packed[f"{name}.{key}"] = value
     return packed
 
 
@@ -198,7 +198,7 @@ def unpack_optimizer(
     parameters = {
         names[parameter]: (parameter, group) for group in optimizer.param_groups for parameter in group["params"]
     }
-    state: dict[Parameter, dict[str, Tensor]] = {}
+    state: dict[Tensor, dict[str, Tensor]] = {}
     for full, value in tensors.items():
         name, _, key = full.rpartition(".")
         if name not in parameters:

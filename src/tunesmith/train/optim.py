@@ -123,10 +123,10 @@ def build_optimizer(
     decay_all: bool = False,
     fused: bool | None = None,
 ) -> torch.optim.AdamW:
-    """Give AdamW over named parameters: p <- p - lr k (m / (sqrt(v) + eps) + d p), decay d decoupled (arXiv:1711.05101).
+    """Give AdamW over named parameters: p <- p - lr k (m / (sqrt(v) + eps) + d p)   (arXiv:1711.05101).
 
-    `lr_scale` gives k for names that are not to move at k = 1 (LoRA+'s B). Decay leaves out vectors, biases and gates
-    unless `decay_all`. Each parameter group carries its `lr_scale` and the `names` in it. Raises ConfigError if there
+    `lr_scale` gives k for names that are not to move at k = 1 (LoRA+'s B). The decay d leaves out vectors, biases and
+    gates unless `decay_all`. Each parameter group carries its `lr_scale` and the `names` in it. Raises ConfigError if there
     is nothing to train or a scale names no parameter.
     """
     scales = dict(lr_scale or {})
@@ -164,7 +164,7 @@ def gradient_norm(parameters: Iterable[Parameter]) -> float:
 
 
 def clip_gradients(parameters: Iterable[Parameter], max_norm: float | None) -> float:
-    """Scale all gradients so that their common 2-norm is at most `max_norm` (None or 0: leave them); give the norm before.
+    """Scale all gradients so that their common 2-norm is at most `max_norm` (None or 0: no limit); give the norm.
 
     Neither squares of large gradients overflow nor those of small ones vanish. Gradients that are not finite are
     left as they are: the caller sees it in the norm.
