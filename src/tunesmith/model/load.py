@@ -117,10 +117,11 @@ def _check_names(weights: Weights) -> None:
     expected = weights.config.weight_shapes()
     optional = {"lm_head.weight"} if weights.config.tie_word_embeddings else set()
     bad = [f"{name} is missing" for name in expected if name not in weights.shapes]
-    for name, shape in weights.shapes.items():
-        if name in expected and shape != expected[name]:
-            bad.append(f"{name} has shape {list(shape)}, the config says {list(expected[name])}")
-        elif name not in expected and name not in optional and not _HARMLESS.fullmatch(name):
+    for name, shape in expected.items():
+        if weights.shapes.get(name, shape) != shape:
+            bad.append(f"{name} has shape {list(weights.shapes[name])}, the config says {list(shape)}")
+    for name in weights.shapes:
+        if name not in expected and name not in optional and not _HARMLESS.fullmatch(name):
             bad.append(f"{name[:80]} is not part of a {weights.config.model_type} model")
     _refuse(weights, bad, "do weights and config belong together, and is the download complete?")
 

@@ -127,7 +127,7 @@ def _llama3_from_freqs(
     if factor == 1.0:
         return None
     contexts = [original] if isinstance(original, int) else []
-    contexts += [8192, *(1 << n for n in range(10, 21))]
+    contexts += [8192, *(1 << n for n in range(5, 21))]
     for context in contexts:  # (low, high) is (1, 4) in every published Llama 3
         scaling = RopeScaling("llama3", factor, 1.0, 4.0, context)
         if all(
