@@ -1,1 +1,1 @@
-"""TODO"""
+"""Data: row schemas and sources, prompt templates, tokens with their targets, packs."""

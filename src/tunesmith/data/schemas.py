@@ -1,4 +1,4 @@
-"""From the ecosystem's row shapes to one canonical `Row`: the schema is recognised by a row's keys, never guessed from values.
+"""From the ecosystem's row shapes to one canonical `Row`; the schema is recognised by a row's keys, not its values.
 
 | schema            | required keys                        | optional               |
 |-------------------|--------------------------------------|------------------------|
@@ -218,7 +218,7 @@ def _alpaca(raw: Mapping[str, Any], source: str) -> Row:
 
 
 def _history(value: object, source: str) -> tuple[Turn, ...]:
-    """Earlier exchanges [[user, assistant], ...]; their answers are context and are supervised like any other answer."""
+    """Earlier exchanges [[user, assistant], ...]; their answers are supervised like any other answer."""
     if value is None:
         return ()
     if not isinstance(value, list):
@@ -331,8 +331,8 @@ def _check_order(turns: tuple[Turn, ...], source: str, *, open_end: bool = False
         expected = "assistant" if i % 2 else "user"
         if turn.role != expected:
             raise DataError(
-                f"{source}: message {i + offset} is from {turn.role!r} where {expected!r} was expected; after an optional "
-                "system message, user and assistant take turns: join or remove messages"
+                f"{source}: message {i + offset} is from {turn.role!r} where {expected!r} was expected; after an "
+                "optional system message, user and assistant take turns: join or remove messages"
             )
     if not body or (body[-1].role == "user") != open_end:
         end = "the user" if open_end else "the assistant"
@@ -352,7 +352,7 @@ def _conversation(raw: Mapping[str, Any], source: str, kind: str, list_key: str,
     said = raw[list_key]
     if not isinstance(said, list) or not said:
         what = "an empty list" if said == [] else _type(said)
-        raise DataError(f"{source}: field {list_key!r} must be a list of messages, not {what}; correct or remove the row")
+        raise DataError(f"{source}: field {list_key!r} must be a list of messages, not {what}; correct the row")
     turns = tuple(_turn(m, *keys, f"{source}: {list_key}[{i}]") for i, m in enumerate(said))
     _, system = _system(raw, source)
     if system and turns[0].role == "system":
