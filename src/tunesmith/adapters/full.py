@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 from tunesmith.adapters.base import Placement
 from tunesmith.config import STRICT
 from tunesmith.model.llama import Llama
+from tunesmith.model.seam import Seam
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -31,7 +32,8 @@ class Full:
 
     def unfreeze(self, model: Llama, settings: FullSettings) -> Iterator[str]:
         """Every parameter of the base; a tied head is named once, as the embedding."""
-        return (name for name, _ in model.named_parameters())
+        seams = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Seam))
+        return (name for name, _ in model.named_parameters() if not name.startswith(seams))  # not another adapter's
 
     def lr_scale(self, name: str, settings: FullSettings) -> float:
         """One rate for all."""

@@ -65,9 +65,12 @@ class LoRADelta(Delta):
     def forward(self, value: Tensor, host: nn.Module, ctx: Context, given: Tensor) -> Tensor:
         """value (tokens, out) and the Linear's input `given` (tokens, in) -> (tokens, out)."""
         x = functional.dropout(given, self.dropout, self.training) if self.dropout else given
-        A, B = self.factors()
-        inner = functional.linear(x, A.to(x.dtype))
-        return torch.addmm(value, inner, B.to(x.dtype).T, alpha=self.scale)
+        inner = functional.linear(x, self.A.to(x.dtype))
+        if self.A0 is None or self.B0 is None:
+            return torch.addmm(value, inner, self.B.to(x.dtype).T, alpha=self.scale)
+        start = functional.linear(functional.linear(x, self.A0.to(x.dtype)), self.B0.to(x.dtype))
+        change = functional.linear(inner, self.B.to(x.dtype)) - start  # the same products twice: exactly 0 at the start
+        return torch.add(value, change, alpha=self.scale)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of the whole update, PiSSA's subtracted start included as further ranks."""
@@ -118,9 +121,7 @@ def scale_of(settings: LoRASettings, path: str) -> float:
     return alpha / (math.sqrt(rank) if settings.rslora else rank)
 
 
-def _initial(
-    weight: Tensor, rank: int, scale: float, init: str
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+def _initial(weight: Tensor, rank: int, scale: float, init: str) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """A, B and, for PiSSA, copies of them to subtract."""
     out, inside = weight.shape
     if init != "pissa":

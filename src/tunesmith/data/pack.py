@@ -63,8 +63,10 @@ def prefix_tree(sequences: Sequence[np.ndarray], share: bool = True) -> list[Nod
     if not share:
         return [Node(0, len(s), -1, (i,)) for i, s in enumerate(sequences) if len(s)]
     nodes: list[Node] = []
-    order = sorted(range(len(sequences)), key=lambda i: sequences[i].tolist())
-    stack: list[tuple[list[int], int, int]] = [(order, 0, -1)]  # members, first token not yet covered, parent
+    order = sorted((i for i, s in enumerate(sequences) if len(s)), key=lambda i: sequences[i].tolist())
+    stack: list[tuple[list[int], int, int]] = (
+        [(order, 0, -1)] if order else []
+    )  # members, first uncovered token, parent
     while stack:
         members, start, parent = stack.pop()
         common = _common(sequences[members[0]], sequences[members[-1]])  # sorted: the ends differ first
@@ -146,16 +148,21 @@ def _divide(
             fresh[at] -= _common(examples[indices[at - 1]].ids, examples[indices[at]].ids)
     packs = max(1, -(-sum(fresh) // budget))
     aim = min(budget, -(-sum(fresh) // packs) + max(fresh, default=0) // 2)
-    group: list[int] = []
-    filled = 0
-    for index, size, new in zip(indices, whole, fresh, strict=True):
-        if group and (filled + new > aim or len(group) == max_rows):
-            yield group
-            group, filled = [], 0
-        filled += new if group else size
-        group.append(index)
-    if group:
-        yield group
+    first = 0
+    while first < len(indices):
+        last, filled = first + 1, whole[first]
+        while last < len(indices) and filled + fresh[last] <= aim and last - first != max_rows:
+            filled += fresh[last]
+            last += 1
+        while share and last > first + 1 and _tree_tokens(examples, indices[first:last]) > budget:
+            last -= 1  # `fresh` counts as shared what is too short for a node of its own
+        yield indices[first:last]
+        first = last
+
+
+def _tree_tokens(examples: Sequence[Example], indices: Sequence[int]) -> int:
+    """Tokens of the row that these examples make together."""
+    return sum(node.stop - node.start for node in prefix_tree([examples[i].ids for i in indices]))
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
