@@ -191,8 +191,8 @@ class GgufFile:
         base = -(-self._at // alignment) * alignment
         placed: dict[str, GgufTensor] = {}
         for name, shape, quant, offset in entries:
-            if name in placed:
-                raise self._damaged(f"tensor {name[:60]!r} twice")
+            if name in placed or not name.isprintable():
+                raise self._damaged(f"a tensor is called {name[:60]!r}, or two are")
             if quant not in QUANT_TYPES:
                 known = ", ".join(entry[0] for entry in QUANT_TYPES.values())
                 raise ModelError(f"{self.path}: tensor {name[:60]!r} is of ggml type {quant}; supported: {known}")
