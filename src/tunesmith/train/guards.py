@@ -26,11 +26,14 @@ T = TypeVar("T")
 class HasSpecialIds(Protocol):
     """What `check_tokenizer_ids` asks of a tokenizer."""
 
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int | None
-    pad_id: int | None
-    special_tokens: Mapping[str, int]
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def pad_id(self) -> int | None: ...
+    @property
+    def special_tokens(self) -> Mapping[str, int]: ...
 
 
 def check_loss(loss: float, vocab_size: int, step: int, *, previous: float | None = None) -> str | None:
@@ -45,15 +48,15 @@ def check_loss(loss: float, vocab_size: int, step: int, *, previous: float | Non
         if previous is not None and previous < SATURATED:
             return f"step {step}: the loss has reached 0.0: every target is predicted with certainty, so stop earlier"
         raise NumericalError(
-            f"step {step}: the loss is exactly 0.0. Either no token of the batch is supervised (look at `tunesmith data "
+            f"step {step}: the loss is exactly 0.0. Either no token of the batch is supervised (see `tunesmith data "
             "preview`), or the weights overflowed when they were loaded (fp16 or int8 on hardware without it: use "
             "model.dtype=float32), or the model was trained on this very data before"
         )
     if abs(loss - math.log(vocab_size)) < UNIFORM:
         return (
-            f"step {step}: the loss {loss:.4f} is ln({vocab_size}), that of a model whose logits are all equal: the base "
-            "weights look as if they had not been loaded; check model.path (a model that starts from scratch does this "
-            "at its first steps)"
+            f"step {step}: the loss {loss:.4f} is ln({vocab_size}), that of a model whose logits are all equal: the "
+            "base weights look as if they had not been loaded; check model.path (a model trained from scratch "
+            "does this at its first steps)"
         )
     return None
 
@@ -81,8 +84,8 @@ def check_gradients(
         return None
     if len(dead) == len(pairs):
         raise NumericalError(
-            f"step {step}: every gradient is exactly 0, so training cannot move: the loss does not depend on the adapter; "
-            "check that it is attached and active, and that fp16 training uses loss scaling"
+            f"step {step}: every gradient is exactly 0, so training cannot move: the loss does not depend on the "
+            "adapter; check that it is attached and active, and that fp16 training uses loss scaling"
         )
     return (
         f"step {step}: the gradient of {dead[0]}{_more(dead)} is exactly 0 after {updates} updates, so it does not "
@@ -184,8 +187,8 @@ def check_tokenizer_ids(tokenizer: HasSpecialIds, vocab_size: int, eos_token_ids
     outside = [f"{name} ({value})" for name, value in ids.items() if value is not None and not 0 <= value < vocab_size]
     if outside:
         raise TokenizerError(
-            f"token {outside[0]}{_more(outside)} has no row in the model's {vocab_size} embeddings: the tokenizer is of "
-            "another model; use the one that came with it"
+            f"token {outside[0]}{_more(outside)} has no row in the model's {vocab_size} embeddings: the tokenizer is "
+            "of another model; use the one that came with it"
         )
     if tokenizer.eos_id is None:
         raise TokenizerError(
@@ -195,13 +198,13 @@ def check_tokenizer_ids(tokenizer: HasSpecialIds, vocab_size: int, eos_token_ids
     if eos_token_ids and tokenizer.eos_id not in eos_token_ids:
         expected = ", ".join(map(str, eos_token_ids))
         said.append(
-            f"the tokenizer ends a text with id {tokenizer.eos_id}, the model's configuration says {expected}: generation "
-            "stops at either; check tokenizer_config.json if answers never end"
+            f"the tokenizer ends a text with id {tokenizer.eos_id}, the model's configuration says {expected}: "
+            "generation stops at either; check tokenizer_config.json if answers never end"
         )
     if tokenizer.pad_id is not None and tokenizer.pad_id == tokenizer.eos_id:
         said.append(
-            f"pad and EOS are the same token ({tokenizer.pad_id}); nothing is padded or masked by id here, so EOS is still "
-            "learned, but tools that mask by pad id would drop it"
+            f"pad and EOS are the same token ({tokenizer.pad_id}); nothing is padded or masked by id here, so EOS is "
+            "still learned, but tools that mask by pad id would drop it"
         )
     if tokenizer.pad_id is not None and tokenizer.pad_id == tokenizer.bos_id:
         said.append(f"pad and BOS are the same token ({tokenizer.pad_id}): tools that mask by pad id would drop BOS")

@@ -126,8 +126,8 @@ def build_optimizer(
     """Give AdamW over named parameters: p <- p - lr k (m / (sqrt(v) + eps) + d p)   (arXiv:1711.05101).
 
     `lr_scale` gives k for names that are not to move at k = 1 (LoRA+'s B). The decay d leaves out vectors, biases and
-    gates unless `decay_all`. Each parameter group carries its `lr_scale` and the `names` in it. Raises ConfigError if there
-    is nothing to train or a scale names no parameter.
+    gates unless `decay_all`. Each parameter group carries its `lr_scale` and the `names` in it. Raises ConfigError if
+    there is nothing to train or a scale names no parameter.
     """
     scales = dict(lr_scale or {})
     unknown = [name for name in scales if name not in parameters]
