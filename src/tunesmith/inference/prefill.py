@@ -1,0 +1,105 @@
+"""The prompts' pass: ragged prompts end to end in one row, common beginnings computed once, logits at last tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunesmith.data.pack import prefix_tree
+from tunesmith.errors import AdapterError, GenerationError, did_you_mean
+from tunesmith.model.cache import Cache
+from tunesmith.model.config import ModelConfig
+from tunesmith.model.layout import Layout
+from tunesmith.model.llama import Llama
+from tunesmith.model.seam import Seam
+
+
+def context_limit(config: ModelConfig) -> int | None:
+    """The most tokens that a sequence may have; None where every layer has a sliding window and none is too far."""
+    windowed = config.sliding_window is not None and len(config.window_layers) == config.num_hidden_layers
+    return None if windowed else config.max_position_embeddings
+
+
+def check_prompt(config: ModelConfig, prompt: Sequence[int], name: str) -> None:
+    """Raise GenerationError where a prompt is empty, too long for the model, or not of its vocabulary."""
+    limit = context_limit(config)
+    if not len(prompt):
+        raise GenerationError(f"{name}: holds no token; give it a text, or the tokenizer's BOS token")
+    if limit is not None and len(prompt) >= limit:
+        raise GenerationError(
+            f"{name}: {len(prompt)} tokens leave no room in the model's context of {limit} (max_position_embeddings); shorten it"
+        )
+    if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+        raise GenerationError(
+            f"{name}: token {max(prompt) if min(prompt) >= 0 else min(prompt)} is outside of the model's vocabulary of "
+            f"{config.vocab_size}; use the tokenizer that belongs to this model"
+        )
+
+
+def check_adapters(model: Llama, adapters: tuple[str, ...] | None) -> None:
+    """Raise AdapterError for a name that is attached nowhere: it would silently change nothing."""
+    if not adapters:
+        return
+    attached = sorted({name for module in model.modules() if isinstance(module, Seam) for name in module})
+    for name in adapters:
+        if name not in attached:
+            known = ", ".join(attached) or "none"
+            raise AdapterError(f"adapter {name!r} is not attached{did_you_mean(name, attached)} (attached: {known})")
+
+
+def forward_last(
+    model: Llama, tokens: Sequence[int] | Tensor, layout: Layout, cache: Cache, adapters: tuple[str, ...] | None, rows: Sequence[int]
+) -> Tensor:
+    """One pass with the cache; float32 logits (len(rows), vocab) at these rows."""
+    ids = torch.as_tensor(tokens, dtype=torch.int64, device=model.device)
+    ctx = model.context(layout, cache, adapters)
+    hidden = model.run(ids, ctx)
+    if len(rows) != len(hidden):
+        hidden = hidden[torch.as_tensor(rows, device=hidden.device)]
+    return model.logits(hidden, ctx).float()
+
+
+def prefill(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    room: int,
+    adapters: tuple[str, ...] | None,
+    share_prefix: bool = True,
+) -> tuple[Cache, Tensor]:
+    """A cache of the prompts with room for `room` more tokens each, and the logits after each prompt, (prompts, vocab).
+
+    What several prompts begin with is computed once.
+    """
+    tokens, layout = pack_prompts(prompts, share_prefix, model.device)
+    cache = Cache(model.config, len(prompts), max(map(len, prompts)) + room, model.dtype, model.device)
+    last = [layout.starts[i] + layout.lengths[i] - 1 for i in range(len(layout.lengths) - len(prompts), len(layout.lengths))]
+    return cache, forward_last(model, torch.from_numpy(tokens).to(model.device), layout, cache, adapters, last)
+
+
+def pack_prompts(
+    prompts: Sequence[Sequence[int]], share_prefix: bool, device: torch.device | str = "cpu"
+) -> tuple[np.ndarray, Layout]:
+    """Tokens and layout of a row whose last segments are the prompts' own ends, in order, and whose first ones are shared.
+
+    Every prompt keeps at least its last token to itself, whatever it shares: its logits are read there, and its keys and
+    values become a sequence of the cache.
+    """
+    ids = [np.asarray(prompt, np.int64) for prompt in prompts]
+    begins, parent_of = [0] * len(ids), [-1] * len(ids)
+    shared: list[np.ndarray] = []
+    parents: list[int] = []
+    number: dict[int, int] = {}
+    nodes = prefix_tree([prompt[:-1] for prompt in ids]) if share_prefix and len(ids) > 1 else []
+    for i, node in enumerate(nodes):
+        if len(node.members) == 1:
+            continue  # a prompt's own end: laid out below, with its last token
+        number[i] = len(shared)
+        shared.append(ids[node.members[0]][node.start : node.stop])
+        parents.append(number.get(node.parent, -1))
+        for member in node.members:
+            begins[member], parent_of[member] = node.stop, number[i]
+    segments = [*shared, *(prompt[begin:] for prompt, begin in zip(ids, begins, strict=True))]
+    return np.concatenate(segments), Layout.of([len(s) for s in segments], [*parents, *parent_of], device=device)
