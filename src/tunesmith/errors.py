@@ -14,6 +14,7 @@
     |-- ResourceError             exit code 3
     |   |-- OutOfMemory
     |   `-- DiskError
+    |-- Interrupted               exit code 130: stopped by the user, with a checkpoint
     `-- CheckFailed               exit code 4
         |-- VerificationError     what was saved is not what was trained
         `-- NumericalError        a value that is not finite, or a training signal that is dead
@@ -83,6 +84,12 @@ class OutOfMemory(ResourceError):
 
 class DiskError(ResourceError):
     """A write failed; the message gives the path and the bytes needed."""
+
+
+class Interrupted(TunesmithError):
+    """The user stopped a run; the message says how to go on."""
+
+    exit_code = 130
 
 
 class CheckFailed(TunesmithError):

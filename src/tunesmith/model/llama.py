@@ -11,6 +11,8 @@ whom. Parameters carry Hugging Face's names, in memory as on disk. Every value t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,6 +25,8 @@ from tunesmith.model.layout import Layout
 from tunesmith.model.linear import Linear
 from tunesmith.model.rope import rotary_tables
 from tunesmith.model.seam import Context, Seam
+
+HEAD_ROWS = 128  # rows of logits that exist at once: 128 x 49,152 in float32 are 25 MB, and more is no faster
 
 
 class RMSNorm(nn.Module):
@@ -186,5 +190,12 @@ class Llama(nn.Module):
         return self.model.norm(h, ctx)
 
     def logits(self, hidden: Tensor, ctx: Context) -> Tensor:
-        """(n, hidden_size) -> (n, vocab_size)."""
-        return self.lm_head(hidden, ctx)
+        """(n, hidden_size) -> (n, vocab_size), in float32 (float64 stays)."""
+        logits = self.lm_head(hidden, ctx)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def logits_in_parts(self, hidden: Tensor, ctx: Context) -> Iterator[tuple[slice, Tensor]]:
+        """The logits of HEAD_ROWS rows at a time, with which rows they are: those of all rows never exist together."""
+        for start in range(0, len(hidden), HEAD_ROWS):
+            rows = slice(start, start + HEAD_ROWS)
+            yield rows, self.logits(hidden[rows], ctx)

@@ -9,7 +9,6 @@ number of processes changes the gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tunesmith.data.pack import Pack
-from tunesmith.model.llama import Llama
+from tunesmith.model.llama import HEAD_ROWS, Llama
 from tunesmith.model.seam import Context
-
-CHUNK = 128  # targets a chunk: 128 x 49,152 logits in float32 are 25 MB, and larger chunks are no faster
 
 
 def pack_loss(model: Llama, pack: Pack, ctx: Context, hidden: Tensor) -> Tensor:
@@ -33,33 +30,9 @@ def pack_loss(model: Llama, pack: Pack, ctx: Context, hidden: Tensor) -> Tensor:
 
 def plain_loss(model: Llama, pack: Pack, ctx: Context, hidden: Tensor) -> Tensor:
     """The same by autograd, all logits at once: the twin that `pack_loss` is held against."""
-    logits = _wide(model.logits(hidden.index_select(0, pack.where), ctx))
+    logits = model.logits(hidden.index_select(0, pack.where), ctx)
     losses = functional.cross_entropy(logits, pack.target, reduction="none")
     return (losses * pack.weight.to(losses.dtype)).sum()
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Sums over supervised tokens: their loss, how many were predicted rightly, and how many there were."""
-
-    loss: float
-    correct: float
-    tokens: float
-
-
-@torch.no_grad()
-def measure(model: Llama, pack: Pack, adapters: tuple[str, ...] | None = None) -> Measured:
-    """Loss and accuracy of a pack without gradients."""
-    ctx = model.context(pack.layout, adapters=adapters)
-    hidden = model.run(pack.tokens, ctx).index_select(0, pack.where)
-    loss = correct = 0.0
-    for start in range(0, len(hidden), CHUNK):
-        part = slice(start, start + CHUNK)
-        logits = _wide(model.logits(hidden[part], ctx))
-        weight = pack.weight[part].to(logits.dtype)
-        loss += float((functional.cross_entropy(logits, pack.target[part], reduction="none") * weight).sum())
-        correct += float(((logits.argmax(-1) == pack.target[part]) * weight).sum())
-    return Measured(loss, correct, pack.supervised)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -73,20 +46,20 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
         grad_rows = torch.empty_like(rows) if needs_rows else None
         grad_trained = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
-        for start in range(0, len(rows), CHUNK):
-            part = slice(start, start + CHUNK)
+        for start in range(0, len(rows), HEAD_ROWS):
+            part = slice(start, start + HEAD_ROWS)
             with torch.enable_grad():
                 chunk = rows[part].detach().requires_grad_(needs_rows)
-                logits = _wide(model.logits(chunk, context))
-                losses = functional.cross_entropy(logits, target[part], reduction="none")
+                losses = functional.cross_entropy(model.logits(chunk, context), target[part], reduction="none")
                 loss = (losses * weight[part].to(losses.dtype)).sum()
                 wanted = ([chunk] if needs_rows else []) + list(trained)
-                grads = list(torch.autograd.grad(loss, wanted)) if wanted else []
+                grads = list(torch.autograd.grad(loss, wanted, allow_unused=True)) if wanted else []
             total += loss.detach()
             if grad_rows is not None:
                 grad_rows[part] = grads.pop(0)
             for kept, new in zip(grad_trained, grads, strict=True):
-                kept += new
+                if new is not None:  # None: of an adapter that does not act on this batch
+                    kept += new
         ctx.save_for_backward(*([] if grad_rows is None else [grad_rows]), *grad_trained)
         ctx.has_rows, ctx.dtypes = needs_rows, [p.dtype for p in trained]
         return total
@@ -100,7 +73,3 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_rows = grad_rows.to(ctx.saved_tensors[0].dtype)
         trained = [(g * grad).to(dtype) for g, dtype in zip(saved, ctx.dtypes, strict=True)]
         return grad_rows, None, None, None, None, *trained
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

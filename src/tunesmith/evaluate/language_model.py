@@ -1,0 +1,38 @@
+"""Loss and token accuracy on held-out rows: the same targets and the same packs as in training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from tunesmith.data.encode import Example
+from tunesmith.data.pack import plan_packs
+from tunesmith.errors import DataError
+from tunesmith.model.llama import Llama
+
+
+@torch.no_grad()
+def language_model_metrics(
+    model: Llama, examples: Sequence[Example], *, budget: int, adapters: tuple[str, ...] | None = None
+) -> dict[str, float]:
+    """`eval_loss` (mean over supervised tokens, in nats), `perplexity` of them and `mean_token_accuracy` (greedy, in [0, 1]).
+
+    Raises DataError where no token is supervised.
+    """
+    loss = correct = tokens = 0.0
+    for pack in plan_packs(examples, budget=budget, device=model.device):
+        ctx = model.context(pack.layout, adapters=adapters)
+        hidden = model.run(pack.tokens, ctx).index_select(0, pack.where)
+        for rows, logits in model.logits_in_parts(hidden, ctx):
+            weight, target = pack.weight[rows], pack.target[rows]
+            loss += float((functional.cross_entropy(logits, target, reduction="none") * weight).sum())
+            correct += float(((logits.argmax(-1) == target) * weight).sum())
+        tokens += pack.supervised
+    if not tokens:
+        raise DataError("evaluation: no row has a supervised token; look at them with `tunesmith data preview`")
+    mean = loss / tokens
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    return {"eval_loss": mean, "perplexity": perplexity, "mean_token_accuracy": correct / tokens}

@@ -1,0 +1,356 @@
+"""The training loop: rows -> packs -> summed loss / supervised tokens of the global batch -> clip -> step.
+
+Everything that a step depends on follows from the settings and the step's number (which rows, which learning rate), plus the
+random state for dropout; so a checkpoint resumes to the very same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from tunesmith.adapters import Adapter
+from tunesmith.config import TrainSection
+from tunesmith.data.encode import Example
+from tunesmith.data.pack import Pack, plan_packs
+from tunesmith.errors import CheckpointError, Interrupted
+from tunesmith.model.llama import Llama
+from tunesmith.train import guards
+from tunesmith.train.checkpoint import (
+    checkpoint_path,
+    load_checkpoint,
+    pack_optimizer,
+    prune_checkpoints,
+    restore_rng_state,
+    rng_state,
+    save_checkpoint,
+    unpack_optimizer,
+)
+from tunesmith.train.loss import pack_loss
+from tunesmith.train.optim import (
+    LossScaler,
+    Schedule,
+    build_optimizer,
+    clip_gradients,
+    set_learning_rate,
+    warmup_in_steps,
+)
+
+
+class Reporter(Protocol):
+    """Where a run's numbers go: metrics.jsonl, the progress display, trackers."""
+
+    def step(self, values: Mapping[str, float]) -> None:
+        """Take the values of one optimizer step."""
+
+    def say(self, line: str) -> None:
+        """Show a line to the user."""
+
+
+Evaluator = Callable[[], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved arithmetic of a run: what follows from settings, data and method before the first step."""
+
+    steps: int
+    steps_per_epoch: int
+    batch_size: int
+    pack_tokens: int
+    micro_batch: int | None
+    share_prefix: bool
+    schedule: Schedule
+    eval_steps: int
+    save_steps: int
+
+
+@dataclass
+class Progress:
+    """What changes while a run goes on, beside parameters, optimizer and random state; it travels in checkpoints."""
+
+    step: int = 0
+    tokens: int = 0
+    updates: int = 0  # steps made at a learning rate above 0
+    best: float | None = None
+    best_step: int | None = None
+    worse: int = 0  # evaluations since the best one
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+
+
+def make_plan(
+    settings: TrainSection, rows: int, *, learning_rate: float, pack_tokens: int, dropout: bool, eval_steps: int | None
+) -> Plan:
+    """Turn settings into numbers of optimizer steps. With `dropout`, tokens are not shared: each example draws its own."""
+    per_epoch = math.ceil(rows / settings.batch_size)
+    steps = max(1, math.ceil(per_epoch * settings.epochs))
+    steps = min(steps, settings.max_steps) if settings.max_steps else steps
+    warmup = warmup_in_steps(steps, settings.warmup_steps, settings.warmup_ratio)
+    return Plan(
+        steps=steps,
+        steps_per_epoch=per_epoch,
+        batch_size=settings.batch_size,
+        pack_tokens=pack_tokens,
+        micro_batch=settings.micro_batch,
+        share_prefix=settings.share_prefix and not dropout,
+        schedule=Schedule(settings.schedule, learning_rate, steps, warmup),
+        eval_steps=eval_steps or per_epoch,
+        save_steps=settings.save_steps or per_epoch,
+    )
+
+
+class Trainer:
+    """One run of one adapter. `run()` goes from the current progress to the end; `resume()` sets progress from a checkpoint."""
+
+    def __init__(
+        self,
+        model: Llama,
+        adapter: Adapter,
+        examples: Sequence[Example],
+        settings: TrainSection,
+        plan: Plan,
+        folder: Path,
+        reporter: Reporter,
+        *,
+        evaluator: Evaluator | None = None,
+        best_metric: str = "eval_loss",
+        higher_is_better: bool = False,
+        patience: int | None = None,
+        fingerprint: str = "",
+    ) -> None:
+        self.model, self.adapter, self.examples = model, adapter, examples
+        self.settings, self.plan, self.folder, self.reporter = settings, plan, folder, reporter
+        self.evaluator, self.best_metric, self.patience = evaluator, best_metric, patience
+        self.higher_is_better, self.fingerprint = higher_is_better, fingerprint
+        self.parameters = adapter.trainable
+        scales = {name: adapter.method.lr_scale(name, adapter.settings) for name in self.parameters}
+        self.optimizer = build_optimizer(
+            self.parameters,
+            learning_rate=plan.schedule.learning_rate,
+            weight_decay=settings.weight_decay,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            lr_scale=scales,
+        )
+        self.scaler = LossScaler(enabled=model.dtype == torch.float16)
+        self.progress = Progress()
+        self._stop = False
+        self._order: tuple[int, np.ndarray] | None = None
+        self._last_loss: float | None = None
+        self._warned: set[str] = set()
+
+    def run(self) -> Progress:
+        """Train to the end, or to an early stop. Raises Interrupted after a checkpoint when Ctrl-C was pressed."""
+        self.model.train()
+        with self._interruptible():
+            while self.progress.step < self.plan.steps and not self._patience_is_out():
+                values = self._step()
+                step, done = self.progress.step, self.progress.step == self.plan.steps
+                best = False
+                if self.evaluator is not None and (step % self.plan.eval_steps == 0 or done):
+                    measured = self._evaluate(self.evaluator)
+                    values |= measured
+                    best = self._judge(measured)
+                self.reporter.step(values)
+                if best or self._stop or done or step % self.plan.save_steps == 0 or self._patience_is_out():
+                    self.save()
+                if self._stop and not done:
+                    raise Interrupted(
+                        f"stopped after step {step} of {self.plan.steps}, checkpoint saved; "
+                        f"go on with: tunesmith train --resume {self.folder}"
+                    )
+        self.model.eval()
+        return self.progress
+
+    def batch(self, step: int) -> list[int]:
+        """The rows of optimizer step `step` (from 0): a new seeded order each epoch, the last batch as long as rows last."""
+        epoch, at = divmod(step, self.plan.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            rows = np.arange(len(self.examples))
+            if self.settings.shuffle:
+                rows = np.random.default_rng([self.settings.seed, epoch]).permutation(len(rows))
+            self._order = (epoch, rows)
+        return self._order[1][at * self.plan.batch_size : (at + 1) * self.plan.batch_size].tolist()
+
+    def _step(self) -> dict[str, float]:
+        """One optimizer step; returns its logged values. Whatever a guard stops leaves parameters and moments as they were."""
+        began = time.perf_counter()
+        step = self.progress.step
+        rows = [self.examples[i] for i in self.batch(step)]
+        packs = self._packs(rows)
+        supervised = sum(pack.supervised for pack in packs)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = sum(self._accumulate(pack, supervised, rows) for pack in packs)
+        self._warn("loss", guards.check_loss(loss, self.model.config.vocab_size, step + 1, previous=self._last_loss))
+        self._last_loss = loss
+        rate = self.plan.schedule.learning_rate_at(step)
+        norm = self._update(rate)
+        tokens = sum(len(row.ids) for row in rows)
+        self.progress.step += 1
+        self.progress.tokens += tokens
+        return {
+            "step": step + 1,
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "epoch": (step + 1) / self.plan.steps_per_epoch,
+            "num_tokens": self.progress.tokens,
+            "tokens_per_second": tokens / (time.perf_counter() - began),
+        }
+
+    def _packs(self, rows: Sequence[Example]) -> list[Pack]:
+        plan = self.plan
+        return plan_packs(
+            rows,
+            budget=plan.pack_tokens,
+            max_rows=plan.micro_batch,
+            share=plan.share_prefix,
+            device=self.model.device,
+        )
+
+    def _accumulate(self, pack: Pack, supervised: float, rows: Sequence[Example]) -> float:
+        """Add one pack's share of the gradient; returns its share of the loss. Raises NumericalError before any step."""
+        ctx = self.model.context(pack.layout)
+        hidden = self.model.run(pack.tokens, ctx, self.settings.recompute)
+        loss = pack_loss(self.model, pack, ctx, hidden) / max(supervised, 1.0)
+        value = float(loss)
+        if not math.isfinite(value):
+            culprits = [rows[i] for i in pack.examples]
+            raise guards.explain_nonfinite(
+                f"the loss is {value}", self.progress.step + 1, self.model, culprits, self._forward_only
+            )
+        penalty = self.adapter.penalty()
+        if penalty is not None:
+            loss = loss + penalty * (pack.supervised / max(supervised, 1.0))
+        self.scaler.scale(loss).backward()
+        return value
+
+    def _update(self, rate: float) -> float:
+        """Unscale, check, clip and step; returns the norm before clipping (nan where fp16 overflowed: no step was made)."""
+        parameters = list(self.parameters.values())
+        good = self.scaler.unscale(parameters)
+        norm = math.nan
+        if good:
+            named = ((name, p.grad) for name, p in self.parameters.items())
+            self._warn("gradient", guards.check_gradients(named, self.progress.step + 1, updates=self.progress.updates))
+            norm = clip_gradients(parameters, self.settings.max_grad_norm)
+            set_learning_rate(self.optimizer, rate)
+            self.optimizer.step()
+            self.adapter.after_step()
+            self.progress.updates += rate > 0
+        self.scaler.update(good)
+        return norm
+
+    def _forward_only(self, rows: Sequence[Example]) -> None:
+        """Run rows without a loss, for a diagnosis."""
+        for pack in self._packs(rows):
+            ctx = self.model.context(pack.layout)
+            hidden = self.model.run(pack.tokens, ctx)
+            for _ in self.model.logits_in_parts(hidden.index_select(0, pack.where), ctx):
+                pass
+
+    def _warn(self, topic: str, line: str | None) -> None:
+        """Show a guard's warning, once a topic."""
+        if line is not None and topic not in self._warned:
+            self._warned.add(topic)
+            self.reporter.say(f"warning: {line}")
+
+    def _evaluate(self, evaluator: Evaluator) -> dict[str, float]:
+        """Measure; the random state is then as if nothing had happened."""
+        tensors, state = rng_state()
+        self.model.eval()
+        measured = dict(evaluator())
+        self.model.train()
+        restore_rng_state(tensors, state)
+        self.progress.evaluations.append({"step": self.progress.step, **measured})
+        return measured
+
+    def _judge(self, measured: Mapping[str, float]) -> bool:
+        """Is this the best evaluation so far?"""
+        progress, value = self.progress, measured[self.best_metric]
+        better = progress.best is None or (value > progress.best if self.higher_is_better else value < progress.best)
+        if better:
+            progress.best, progress.best_step, progress.worse = value, progress.step, 0
+        else:
+            progress.worse += 1
+        return better
+
+    def _patience_is_out(self) -> bool:
+        return self.patience is not None and self.progress.worse >= self.patience
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step; drop older ones once it is complete, but never the best."""
+        random_tensors, random_state = rng_state()
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        save_checkpoint(
+            self.folder,
+            self.progress.step,
+            tensors={
+                "adapter": self.adapter.state(),
+                "optimizer": pack_optimizer(self.optimizer, names),
+                "rng": random_tensors,
+            },
+            state={
+                "progress": vars(self.progress),
+                "scaler": self.scaler.state(),
+                "rng": random_state,
+                "fingerprint": self.fingerprint,
+            },
+        )
+        best = self.progress.best_step
+        protect = [] if best is None else [checkpoint_path(self.folder, best)]
+        prune_checkpoints(self.folder, self.settings.keep_checkpoints, protect)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from `checkpoint`. Raises CheckpointError if it belongs to other data or settings."""
+        tensors, state = load_checkpoint(checkpoint)
+        if state["fingerprint"] != self.fingerprint:
+            raise CheckpointError(
+                f"{checkpoint}: was written by a run with other data, model or settings; resume with the config.yaml of its "
+                "run folder, or start a new run"
+            )
+        self.adapter.load_state(tensors["adapter"], str(checkpoint))
+        unpack_optimizer(self.optimizer, tensors["optimizer"], {p: n for n, p in self.parameters.items()})
+        self.progress = Progress(**state["progress"])
+        self.scaler.load_state(state["scaler"])
+        restore_rng_state(tensors["rng"], state["rng"])
+
+    def load_best(self) -> int:
+        """Give the adapter the parameters of the best checkpoint, if one was chosen; returns the step they are of."""
+        best = self.progress.best_step
+        if best is None or best == self.progress.step:
+            return self.progress.step
+        tensors, _ = load_checkpoint(checkpoint_path(self.folder, best))
+        self.adapter.load_state(tensors["adapter"], str(checkpoint_path(self.folder, best)))
+        return best
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C (or SIGTERM) ends training after the current step; the second ends it at once."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+            self.reporter.say("finishing this step, then saving a checkpoint (press Ctrl-C again to stop at once)")
+
+        signals = (signal.SIGINT, signal.SIGTERM)
+        try:
+            before: dict[signal.Signals, Any] = {s: signal.signal(s, ask) for s in signals}
+        except ValueError:  # not the main thread: signals are somebody else's
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

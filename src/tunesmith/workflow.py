@@ -1,0 +1,304 @@
+"""`tunesmith train`, from a configuration to a verified run folder:
+
+    prepare -> plan memory -> [measure, sample] -> train -> best checkpoint -> save adapter -> verify -> [measure, sample] -> report
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import tunesmith
+from tunesmith.adapters import Adapter
+from tunesmith.adapters.peft_format import save_adapter
+from tunesmith.compare.report import write_report
+from tunesmith.config import Run
+from tunesmith.data.encode import encode_prompt
+from tunesmith.errors import CheckpointError, ConfigError, VerificationError
+from tunesmith.evaluate.run import find_metric, measure
+from tunesmith.evaluate.subject import Subject
+from tunesmith.export.verify import verify_run, write_probe
+from tunesmith.files import atomic_folder, atomic_write_json, atomic_write_text, is_complete
+from tunesmith.hardware import memory, peak_memory
+from tunesmith.inference.generate import generate
+from tunesmith.inference.sample import GenerationSettings
+from tunesmith.prepare import (
+    Data,
+    Loaded,
+    attach_adapter,
+    load_base,
+    load_data,
+    resolve,
+    run_fingerprint,
+    show_report,
+    template_for,
+)
+from tunesmith.train.checkpoint import latest_checkpoint
+from tunesmith.train.log import MetricsFile, Progress, open_trackers
+from tunesmith.train.loop import Trainer, make_plan
+from tunesmith.train.memory import MemoryPlan, choose_pack_tokens, plan_memory
+from tunesmith.train.reporter import RunLog
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SAMPLE_TOKENS = 64
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run has to show: its folder, and the measures before and after."""
+
+    folder: Path
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    samples: Sequence[Mapping[str, str]]
+    seconds: float
+    verified: bool
+
+
+def train_run(run: Run, console: Console) -> Outcome:
+    """Carry out `run`. Raises TunesmithError, and VerificationError if what was saved is not what was trained."""
+    began = time.perf_counter()
+    folder, checkpoint = run_folder(run)
+    for metric in (*run.evaluate.metrics, run.evaluate.best):
+        find_metric(metric)
+    loaded = load_base(run.model)
+    loaded.template = template_for(run, loaded.tokenizer)
+    data = load_data(run, loaded.tokenizer, loaded.template)
+    show_report(data, console)
+    adapter = attach_adapter(run, loaded)
+    plan_of_memory = _plan_memory(run, loaded, adapter, data)
+    console.print(plan_of_memory.line(), markup=False)
+    run = resolve(replace(run, name=folder.name), loaded, plan_of_memory.pack_tokens)
+    trainable = sum(p.numel() for p in adapter.trainable.values())
+    total = sum(p.numel() for p in loaded.model.parameters())
+    console.print(f"{adapter.kind}: {trainable:,} trainable of {total:,} parameters ({trainable / total:.2%})")
+    if checkpoint is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(folder / "config.yaml", run.dump_yaml())
+    before, shown = _before(run, loaded, data, folder, checkpoint, console)
+    _train(run, loaded, adapter, data, folder, checkpoint, console)
+    after = _measure(run, loaded, data)
+    samples = _answers(run, loaded, data, shown, "after")
+    save_run_adapter(run, loaded, adapter, data, folder)
+    report = verify_run(folder)
+    seconds = time.perf_counter() - began
+    outcome = Outcome(folder, before, after, samples, seconds, report.passed)
+    write_report(folder, samples=samples, before=before, after=after, seconds=seconds, planned=plan_of_memory.total)
+    console.print(f"memory: {plan_of_memory.total / GIB:.2f} GiB planned, {peak_memory() / GIB:.2f} GiB measured")
+    if not report.passed:
+        raise VerificationError(f"{folder}: what was saved is not what was trained: {report.first_failure()}")
+    return outcome
+
+
+def run_folder(run: Run) -> tuple[Path, Path | None]:
+    """The folder of the run, and the checkpoint to go on from. Raises ConfigError, CheckpointError."""
+    resume = run.train.resume
+    if resume is None:
+        return _new_folder(run), None
+    path = Path(resume)
+    if resume == "latest":
+        if run.name is None:
+            raise ConfigError("train.resume: give the run's name, or its folder: tunesmith train --resume runs/NAME")
+        path = Path(run.output_dir) / run.name
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such run folder to resume from")
+    if path.name.startswith("checkpoint-"):
+        if not is_complete(path):
+            raise CheckpointError(f"{path}: is not a complete checkpoint; resume from the run folder {path.parent}")
+        return path.parent, path
+    checkpoint = latest_checkpoint(path)
+    if checkpoint is None:
+        raise CheckpointError(f"{path}: has no complete checkpoint to resume from; start the run again")
+    return path, checkpoint
+
+
+def _new_folder(run: Run) -> Path:
+    if run.name is not None:
+        folder = Path(run.output_dir) / run.name
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"name: {folder} is there already; choose another name, or go on with --resume {folder}")
+        return folder
+    parts = (Path(run.model.path).stem, Path(run.data.train).name.split(".")[0], str(run.adapter["kind"]))
+    stem = "-".join("".join(c if c.isalnum() or c in "._-" else "-" for c in part) for part in parts)
+    folder, number = Path(run.output_dir) / stem, 1
+    while folder.exists():
+        number += 1
+        folder = Path(run.output_dir) / f"{stem}-{number}"
+    return folder
+
+
+def _plan_memory(run: Run, loaded: Loaded, adapter: Adapter, data: Data) -> MemoryPlan:
+    longest = data.train.report.longest
+    available = memory()[1]
+    trainable = sum(p.numel() for p in adapter.trainable.values())
+    tokens = run.train.pack_tokens or choose_pack_tokens(
+        loaded.model.config, available, longest, trainable=trainable, recompute=run.train.recompute
+    )
+    return plan_memory(
+        loaded.model.config,
+        dtype=loaded.model.dtype,
+        trainable=trainable,
+        pack_tokens=max(tokens, longest) if run.train.pack_tokens is None else tokens,
+        recompute=run.train.recompute,
+    )
+
+
+def _train(
+    run: Run, loaded: Loaded, adapter: Adapter, data: Data, folder: Path, checkpoint: Path | None, console: Console
+) -> None:
+    """Run the loop to its end and leave the best parameters in the model."""
+    settings = run.train
+    plan = make_plan(
+        settings,
+        len(data.train.examples),
+        learning_rate=settings.learning_rate or 0.0,
+        pack_tokens=settings.pack_tokens or 1,
+        dropout=bool(getattr(adapter.settings, "dropout", 0.0)),
+        eval_steps=run.evaluate.every_steps,
+    )
+    if settings.share_prefix and not plan.share_prefix:
+        console.print("dropout is on, so each example draws its own: prefixes are not shared, which costs their tokens again")
+    start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    trackers = open_trackers(
+        run.log.report_to,
+        project=run.log.project,
+        name=run.log.name or folder.name,
+        folder=folder,
+        config=run.to_dict(),
+        resume_step=start,
+    )
+    metrics = MetricsFile(folder / "metrics.jsonl", resume_step=start)
+    torch.manual_seed(settings.seed)
+    with RunLog(metrics, Progress(plan.steps, start_step=start, console=console), trackers) as log:
+        trainer = Trainer(
+            loaded.model,
+            adapter,
+            data.train.examples,
+            settings,
+            plan,
+            folder,
+            log,
+            evaluator=None if data.valid is None else lambda: _measure(run, loaded, data),
+            best_metric=run.evaluate.best,
+            higher_is_better=find_metric(run.evaluate.best).higher_is_better,
+            patience=run.evaluate.patience,
+            fingerprint=run_fingerprint(run, loaded, data),
+        )
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+            log.say(f"resumed from {checkpoint} at step {trainer.progress.step} of {plan.steps}")
+        trainer.run()
+        step = trainer.load_best()
+        if step != trainer.progress.step:
+            log.say(f"best {run.evaluate.best} was at step {step}: that checkpoint is saved as the adapter")
+
+
+def subject_of(run: Run, loaded: Loaded, data: Data, adapters: tuple[str, ...] | None = None) -> Subject:
+    """The run's held-out rows under the model, for the metrics."""
+    if data.valid is None or loaded.template is None:
+        raise ConfigError("evaluation needs held-out rows: give data.valid, or data.valid_size")
+    return Subject(
+        loaded.model,
+        loaded.tokenizer,
+        loaded.template,
+        data.valid_rows,
+        data.valid.examples,
+        data.labels,
+        adapters,
+        run.train.pack_tokens or 4096,
+    )
+
+
+def _measure(run: Run, loaded: Loaded, data: Data, adapters: tuple[str, ...] | None = None) -> dict[str, float]:
+    if data.valid is None:
+        return {}
+    names = dict.fromkeys(("eval_loss", *run.evaluate.metrics, run.evaluate.best))
+    return measure(subject_of(run, loaded, data, adapters), list(names))
+
+
+def _before(
+    run: Run, loaded: Loaded, data: Data, folder: Path, checkpoint: Path | None, console: Console
+) -> tuple[dict[str, float], list[dict[str, str]]]:
+    """Measures and samples of the bare base; a resumed run has them from its start."""
+    kept = folder / "before.json"
+    if checkpoint is not None and kept.is_file():
+        stored = json.loads(kept.read_text(encoding="utf-8"))
+        return stored["measured"], stored["samples"]
+    measured = _measure(run, loaded, data, adapters=())
+    if measured:
+        console.print("before: " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items()))
+    samples = _answers(run, loaded, data, [], "before", adapters=())
+    atomic_write_json(kept, {"measured": measured, "samples": samples})
+    return measured, samples
+
+
+def _answers(
+    run: Run,
+    loaded: Loaded,
+    data: Data,
+    known: list[dict[str, str]],
+    when: str,
+    adapters: tuple[str, ...] | None = None,
+) -> list[dict[str, str]]:
+    """Greedy answers to the first held-out rows, added to what is known of these rows under the key `when`."""
+    rows = [row for row in data.valid_rows if row.kind != "text"][: run.evaluate.samples]
+    if not rows or loaded.template is None:
+        return known
+    template, tokenizer = loaded.template, loaded.tokenizer
+    answers = generate(
+        loaded.model,
+        [encode_prompt(row, template, tokenizer) for row in rows],
+        GenerationSettings(max_new_tokens=SAMPLE_TOKENS, stop=template.stop),
+        eos_ids=tokenizer.eos_ids,
+        tokenizer=tokenizer,
+        adapters=adapters,
+    )
+    known = known or [
+        {"prompt": row.fields.get("prompt") or row.turns[-2].text, "expected": row.turns[-1].text} for row in rows
+    ]
+    return [{**entry, when: answer.text} for entry, answer in zip(known, answers, strict=True)]
+
+
+def save_run_adapter(run: Run, loaded: Loaded, adapter: Adapter, data: Data, folder: Path) -> None:
+    """Write RUN/adapter and the probe that verification holds a fresh load against."""
+    if loaded.template is None:
+        raise ConfigError("data.template: an adapter is saved with the template it was trained with")
+    with atomic_folder(folder / "adapter") as target:
+        save_adapter(
+            target,
+            adapter,
+            base=run.model.path,
+            identity=loaded.identity,
+            template=loaded.template.to_dict(),
+            tokenizer=loaded.tokenizer.fingerprint(),
+            notes=_notes(run, data),
+        )
+        loaded.tokenizer.save(target)
+    examples = (data.valid or data.train).examples
+    write_probe(folder, loaded.model, [example.ids.tolist() for example in examples[:4]])
+
+
+def _notes(run: Run, data: Data) -> dict[str, Any]:
+    return {
+        "data": run.data.train,
+        "data_sha256": data.fingerprint,
+        "rows": data.train.report.rows,
+        "learning_rate": run.train.learning_rate,
+        "epochs": run.train.epochs,
+        "batch_size": run.train.batch_size,
+        "tunesmith": tunesmith.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
