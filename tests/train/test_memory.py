@@ -7,9 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
+from tunesmith.adapters import attach
 from tunesmith.errors import OutOfMemory
 from tunesmith.model.config import ModelConfig
+from tunesmith.model.layout import Layout
+from tunesmith.model.llama import Llama
 from tunesmith.train.memory import (
     GIB,
     LINEARS,
@@ -45,10 +49,9 @@ def test_parameters_of_published_models():
     [{"qkv_bias": True}, {"o_bias": True}, {"mlp_bias": True}, {"qk_norm": True}, {"tie_word_embeddings": False}],
 )
 def test_parameters_agree_with_the_model_itself(change):
-    llama = pytest.importorskip("tunesmith.model.llama")
     config = replace(SMOLLM2, num_hidden_layers=2, vocab_size=100, **change)
     with torch.device("meta"):
-        model = llama.Llama(config)
+        model = Llama(config)
     assert parameter_count(config) == sum(p.numel() for p in model.parameters())
 
 
@@ -62,6 +65,46 @@ def test_one_layer_by_hand():
     assert layer_bytes_per_token(every) == 4 * (bare + 2 * 576 + 1536 + 7 * 16) + 4 * 11
 
 
+def kept_by_autograd(config: ModelConfig, targets, dtype: torch.dtype, tokens: int) -> tuple[int, int]:
+    """Bytes that the forward of the real model keeps for its backward, and its trainable parameters."""
+    model = Llama(config).to(dtype)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    model.requires_grad_(False)
+    attach(model, {"kind": "lora", "rank": 4, "target_modules": list(targets)})
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = model(torch.arange(tokens) % config.vocab_size, Layout.single(tokens))
+    assert hidden.grad_fn is not None
+    return sum(kept.values()), sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("o_proj", "down_proj"), LINEARS])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_layer_keeps_what_the_formula_says(targets, dtype, qk_norm):
+    config = ModelConfig(
+        model_type="llama", vocab_size=100, hidden_size=96, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=2, head_dim=16, qk_norm=qk_norm,
+    )  # fmt: skip
+    tokens = 64
+    two, trained_two = kept_by_autograd(config, targets, dtype, tokens)
+    three, trained_three = kept_by_autograd(replace(config, num_hidden_layers=3), targets, dtype, tokens)
+    job = Job(
+        config, trained_three - trained_two, tokens, targets=frozenset(targets), rank=4, activation_bytes=dtype.itemsize
+    )
+    copies = job.trainable * dtype.itemsize if dtype.itemsize < 4 else 0
+    assert three - two == tokens * layer_bytes_per_token(job) + copies
+
+
 def test_parts_of_a_plan():
     job = Job(SMOLLM2, trainable=4_884_480, pack_tokens=2048, weight_bytes=4, supervised=0.5)
     found = plan(job)
@@ -71,14 +114,14 @@ def test_parts_of_a_plan():
         4 * 4_884_480,
         8 * 4_884_480,
     ]
-    assert found.parts["activations"] == 30 * 2048 * layer_bytes_per_token(job)
+    assert found.parts["activations"] == 30 * 2048 * layer_bytes_per_token(job) + 2 * 4_884_480
     assert found.parts["logits"] == 128 * 49152 * 10 + 2 * 1024 * 576 * 2
     assert found.total == sum(found.parts.values())
     again = plan(replace(job, recompute=True))
-    assert again.parts["activations"] == 2048 * (layer_bytes_per_token(job) + 30 * 576 * 2)
+    assert again.parts["activations"] == 2048 * (layer_bytes_per_token(job) + 30 * 576 * 2) + 2 * 4_884_480
     assert {**again.parts, "activations": 0} == {**found.parts, "activations": 0}
     half = plan(replace(job, pack_tokens=1024))
-    assert 2 * half.parts["activations"] == found.parts["activations"]
+    assert 2 * (half.parts["activations"] - 2 * 4_884_480) == found.parts["activations"] - 2 * 4_884_480
 
 
 def test_plan_is_printed_beside_what_was_measured():

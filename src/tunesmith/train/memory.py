@@ -3,7 +3,7 @@
     weights      every base parameter once (a tied head is the embedding)
     adapter      4 bytes a trainable parameter; gradients 4; optimizer 8 (AdamW's two moments), all float32
     activations  tokens x what one layer keeps for its backward x layers
-                 (recomputing: one layer's worth, and every layer's input)
+                 (recomputing: one layer's worth, and every layer's input), and the adapter's copies in a half dtype
     logits       one chunk of targets x vocabulary, three copies: the head's output, float32, its gradient
     workspace    what lives within one layer's backward, attention's tiles included
     process      Python and torch themselves
@@ -16,7 +16,7 @@ One layer keeps, in values a token (d = hidden, q = query heads x head_dim, k = 
     d    input of gate/up_proj, if adapted    2f   outputs of gate_proj and up_proj
     f    input of down_proj, if adapted       r    x A of every adapted linear
 
-and float32: a log-sum-exp a query head, a scale a norm. A frozen linear keeps nothing: its backward needs W only.
+and in float32 a log-sum-exp a query head and a scale a norm; q + k more values with QK-norm. A frozen linear keeps nothing: its backward needs W only.
 """
 
 from __future__ import annotations
@@ -97,9 +97,11 @@ def layer_bytes_per_token(job: Job) -> int:
     values = 2 * d + 2 * q + 2 * k + 2 * f
     values += d * bool(targets & {"q_proj", "k_proj", "v_proj"}) + d * bool(targets & {"gate_proj", "up_proj"})
     values += f * ("down_proj" in targets) + job.rank * len(targets & set(LINEARS))
+    scalars = config.num_attention_heads + 2
     if config.qk_norm:
         values += q + k
-    return values * job.activation_bytes + 4 * (config.num_attention_heads + 2)
+        scalars += config.num_attention_heads + config.num_key_value_heads
+    return values * job.activation_bytes + 4 * scalars
 
 
 def plan(job: Job) -> MemoryPlan:
@@ -107,6 +109,7 @@ def plan(job: Job) -> MemoryPlan:
     config, tokens = job.config, job.pack_tokens
     d, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     kept = layer_bytes_per_token(job) * tokens
+    copies = job.trainable * job.activation_bytes if job.activation_bytes < 4 else 0
     inputs = layers * d * job.activation_bytes * tokens
     targets = int(tokens * job.supervised)
     longest = min(job.longest or tokens, tokens)
@@ -118,7 +121,7 @@ def plan(job: Job) -> MemoryPlan:
             "adapter": 4 * job.trainable,
             "gradients": 4 * job.trainable,
             "optimizer": 8 * job.trainable,
-            "activations": kept + inputs if job.recompute else layers * kept,
+            "activations": (kept + inputs if job.recompute else layers * kept) + copies,
             "logits": min(CHUNK, targets) * config.vocab_size * (job.activation_bytes + 8)
             + 2 * targets * d * job.activation_bytes,
             "workspace": in_backward + tiles,
