@@ -1,15 +1,15 @@
 """What an adaptation method is, and how one is attached to a model.
 
-    Method  one per file: which settings it takes, which deltas it places in which seams, which base parameters it trains
-    Delta   the small module that sits in a seam
-    Adapter one method attached to one model under a name: what to train and what to save
+Method  one per file: which settings it takes, which deltas it places in which seams, which base parameters it trains
+Delta   the small module that sits in a seam
+Adapter one method attached to one model under a name: what to train and what to save
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,25 @@ class Method(Protocol):
 
     def lr_scale(self, name: str, settings: Any) -> float:
         """Factor on the learning rate of the parameter `name` (as in `Adapter.trainable`)."""
+
+
+@runtime_checkable
+class Exchangeable(Protocol):
+    """A method that PEFT's file format can say exactly; the others are saved in a format of our own."""
+
+    peft_type: str  # as in adapter_config.json
+
+    def to_peft(self, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the method's keys of adapter_config.json, and the tensors without the prefix `base_model.model.`."""
+
+    def from_peft(
+        self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Llama, where: str
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return settings (for `attach`) and state (for `Adapter.load_state`) of such a file.
+
+        Raises AdapterError, naming the key, for anything that is not understood or does not fit `model`; nothing is
+        attached and nothing larger than the file is allocated before that.
+        """
 
 
 @dataclass
@@ -124,7 +143,7 @@ class Adapter:
 
 
 def install(model: Llama, method: Method, settings: Any, name: str, seed: int) -> Adapter:
-    """Attach `method` under `name`: place its deltas, unfreeze what it trains. Raises AdapterError, and changes nothing then."""
+    """Attach `method` under `name`: place its deltas, unfreeze what it trains. Raises AdapterError, changing nothing then."""
     if not name.isidentifier() or hasattr(Seam, name):
         raise AdapterError(f"adapter name {name!r}: use letters, digits and _, and no word of Python's dictionaries")
     if any(name in module for module in model.modules() if isinstance(module, Seam)):
@@ -135,15 +154,18 @@ def install(model: Llama, method: Method, settings: Any, name: str, seed: int) -
     base = {key: model.get_parameter(key) for key in method.unfreeze(model, settings)}
     if not placements and not base:
         raise AdapterError(f"adapter {name!r} ({method.kind}): its settings select nothing to train in this model")
+    seams = {path: module for path, module in model.named_modules() if isinstance(module, Seam)}
+    places = [f"{placement.path}.{placement.seam}" for placement in placements]
+    for place in places:
+        if place not in seams or places.count(place) > 1:
+            fault = "is no seam" if place not in seams else "is given two deltas"
+            raise AdapterError(f"{place} {fault}: method {method.kind} is written wrongly")
     adapter = Adapter(name, method, settings)
     dtype = torch.promote_types(model.dtype, torch.float32)
-    for placement in placements:
-        seam = model.get_submodule(f"{placement.path}.{placement.seam}")
-        if not isinstance(seam, Seam):
-            raise AdapterError(f"{placement.path}.{placement.seam} is no seam: method {method.kind} is written wrongly")
+    for place, placement in zip(places, placements, strict=True):
         delta = placement.delta.to(device=model.device, dtype=dtype).train(model.training)
-        seam[name] = delta
-        adapter.deltas[f"{placement.path}.{placement.seam}"] = delta
+        seams[place][name] = delta
+        adapter.deltas[place] = delta
     for key, parameter in base.items():
         adapter.base[key] = parameter.requires_grad_(True)
     return adapter

@@ -8,9 +8,10 @@ W instead; W stays and the start is subtracted, y + s (B A - B0 A0) x, which is 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -18,12 +19,17 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tunesmith.adapters.base import Delta, Placement
+from tunesmith.adapters import peft_config as peft
+from tunesmith.adapters.base import Adapter, Delta, Placement
 from tunesmith.adapters.targets import by_pattern, check_patterns, select_linears
 from tunesmith.config import STRICT
 from tunesmith.config.sections import Words
+from tunesmith.errors import AdapterError
+from tunesmith.model.linear import Linear
 from tunesmith.model.llama import Llama
 from tunesmith.model.seam import Context
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -93,6 +99,7 @@ class LoRA:
     learning_rate = 1e-3
     identity_at_init = True
     mergeable = True
+    peft_type = "LORA"
 
     def place(self, model: Llama, settings: LoRASettings) -> Iterator[Placement]:
         """One delta on each target. Raises AdapterError where a pattern matches nothing."""
@@ -112,6 +119,70 @@ class LoRA:
         """LoRA+'s ratio for B."""
         return settings.lora_plus_ratio if name.endswith(".B") else 1.0
 
+    def to_peft(self, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See `Exchangeable`. PiSSA's subtracted start becomes further ranks: twice the rank at the same scale."""
+        settings: LoRASettings = adapter.settings
+        tensors = {}
+        for place, delta in adapter.deltas.items():
+            if isinstance(delta, LoRADelta):
+                path = place.removesuffix(".edit")
+                tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = delta.factors()
+        ranks = 2 if settings.init == "pissa" else 1
+        alphas = math.sqrt(ranks) if settings.rslora else ranks
+        alpha = 2 * settings.rank if settings.alpha is None else settings.alpha
+        paths = [place.removesuffix(".edit") for place in adapter.deltas]
+        targets, layers = _peft_targets(settings, paths)
+        return {
+            "r": ranks * settings.rank,
+            "lora_alpha": _number(alphas * alpha),
+            "lora_dropout": settings.dropout,
+            "target_modules": targets,
+            "layers_to_transform": layers,
+            "layers_pattern": None,
+            "rank_pattern": {key: ranks * rank for key, rank in settings.rank_pattern.items()},
+            "alpha_pattern": {key: _number(alphas * value) for key, value in settings.alpha_pattern.items()},
+            "use_rslora": settings.rslora,
+            "use_dora": False,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "modules_to_save": None,
+            "init_lora_weights": True,  # PiSSA's start is in the tensors: PEFT must not take it from the base again
+        }, tensors
+
+    def from_peft(
+        self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Llama, where: str
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See `Exchangeable`."""
+        peft.check_keys(config, _READ, _HARMLESS, where, **_NEUTRAL)
+        linears = {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
+        targets = peft.names(config, "target_modules", where)
+        if isinstance(targets, list):
+            targets = _known_targets(targets, linears, where)
+        layers = _layers(config, where)
+        ranks, alphas = (peft.patterns(config, key, where) for key in ("rank_pattern", "alpha_pattern"))
+        rank = peft.whole(config, "r", where)
+        settings = {
+            "rank": rank,
+            "alpha": peft.number(config, "lora_alpha", where, 8, least=1e-30),
+            "dropout": peft.number(config, "lora_dropout", where, 0),
+            "target_modules": targets,
+            "layers_to_transform": layers,
+            "rank_pattern": {key: peft.whole(ranks, key, f"{where}: rank_pattern") for key in ranks},
+            "alpha_pattern": {key: peft.number(alphas, key, f"{where}: alpha_pattern", 0) for key in alphas},
+            "rslora": peft.flag(config, "use_rslora", where),
+        }
+        found = peft.plain_keys(tensors, where)
+        for path, linear in linears.items():  # PEFT adds a copy of a head that it adapts
+            _drop_copy(found, f"{path}.base_layer.weight", linear.weight)
+        expected = {}
+        for path, linear in select_linears(model, targets, layers, where):
+            own = by_pattern(ranks, path, rank)
+            expected[f"{path}.lora_A.weight"] = (own, linear.in_features)
+            expected[f"{path}.lora_B.weight"] = (linear.out_features, own)
+        peft.check_tensors(expected, found, where)
+        parts = {name: name.removesuffix(".weight").rpartition(".lora_") for name in expected}
+        return settings, {f"{path}.edit.{letter}": found[name][1] for name, (path, _, letter) in parts.items()}
+
 
 def scale_of(settings: LoRASettings, path: str) -> float:
     """s of the module at `path`."""
@@ -119,6 +190,70 @@ def scale_of(settings: LoRASettings, path: str) -> float:
     base = 2 * settings.rank if settings.alpha is None else settings.alpha
     alpha = by_pattern(settings.alpha_pattern, path, base)
     return alpha / (math.sqrt(rank) if settings.rslora else rank)
+
+
+# Keys of adapter_config.json: those that are read, those that only say how it was trained, and, of others, the values
+# that change nothing beside null, false and empty.
+_READ = frozenset(
+    "r lora_alpha lora_dropout target_modules layers_to_transform rank_pattern alpha_pattern use_rslora".split()
+)
+_HARMLESS = frozenset("qalora_group_size eva_config loftq_config lora_ga_config corda_config".split())
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "layers_pattern": ("layers", ["layers"]),
+    # The other starts (pissa, olora, loftq, corda, ...) make PEFT change the base weights when it loads the file.
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
+}
+
+
+def _peft_targets(settings: LoRASettings, paths: list[str]) -> tuple[list[str], list[int] | None]:
+    """target_modules and layers_to_transform that select exactly `paths` in PEFT as well.
+
+    A regular expression is spelled out: PEFT would try it on modules that are no Linear, and not take layers beside it.
+    """
+    if not isinstance(settings.target_modules, str):
+        layers = settings.layers_to_transform
+        return list(settings.target_modules), None if layers is None else list(layers)
+    names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    if settings.target_modules == "all-linear":
+        return names, None if settings.layers_to_transform is None else list(settings.layers_to_transform)
+    return sorted(paths), None
+
+
+def _layers(config: Mapping[str, Any], where: str) -> list[int] | None:
+    value = config.get("layers_to_transform")
+    value = [value] if type(value) is int else value or None
+    if value is not None and not (isinstance(value, list) and all(type(layer) is int for layer in value)):
+        raise AdapterError(f"{where}: layers_to_transform={str(value)[:60]!r} should list layer numbers")
+    return value
+
+
+def _known_targets(targets: list[str], linears: Mapping[str, Linear], where: str) -> list[str]:
+    """The targets that name a module of this model: files list names of other architectures too, and PEFT lets them."""
+    ends = {end for path in linears for end in _ends(path)}
+    known = [name for name in targets if name in ends]
+    if len(known) < len(targets):
+        strange = ", ".join(sorted(set(targets) - set(known)))
+        if not known:
+            raise AdapterError(f"{where}: target_modules: none of {strange[:120]} is a linear module of this model")
+        logger.warning("%s: target_modules: %s: no such module in this model, passed over", where, strange[:120])
+    return known
+
+
+def _ends(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def _drop_copy(found: dict[str, tuple[str, Tensor]], name: str, weight: Tensor) -> None:
+    """Forget a copy of a base weight, if that is what it is."""
+    if name in found and torch.equal(found[name][1].to(weight), weight):
+        del found[name]
+
+
+def _number(value: float) -> float:
+    """A whole number without its point, as PEFT writes alpha."""
+    return int(value) if value == int(value) else value
 
 
 def _initial(weight: Tensor, rank: int, scale: float, init: str) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
@@ -133,7 +268,8 @@ def _initial(weight: Tensor, rank: int, scale: float, init: str) -> tuple[Tensor
         return A, torch.zeros(out, rank), None
     left, singular, right = torch.linalg.svd(weight.detach().float().cpu(), full_matrices=False)
     root = (singular[:rank] / scale).sqrt()
-    A, B = root[:, None] * right[:rank], left[:, :rank] * root
+    # Contiguous: as a file gives them back, and a product rounds by its operands' layout.
+    A, B = (root[:, None] * right[:rank]).contiguous(), (left[:, :rank] * root).contiguous()
     return A, B, (A.clone(), B.clone())
 
 

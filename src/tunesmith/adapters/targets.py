@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import TypeVar
 
 from tunesmith.errors import AdapterError, did_you_mean
@@ -59,18 +60,23 @@ def layer_of(path: str) -> int | None:
 
 def by_pattern(patterns: Mapping[str, T], path: str, default: T) -> T:
     """The value of the first pattern that matches the end of `path` (PEFT's rank_pattern and alpha_pattern)."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    return next((value for key, value in patterns.items() if _ending(key).match(path)), default)
 
 
 def check_patterns(patterns: Mapping[str, object], paths: Sequence[str], where: str) -> None:
     """Raise AdapterError for a pattern that matches none of the adapted modules."""
     for key in patterns:
         try:
-            matched = any(re.match(rf"(.*\.)?({key})$", path) for path in paths)
+            matched = any(_ending(key).match(path) for path in paths)
         except re.error as error:
             raise AdapterError(f"{where}: {key!r} is no regular expression: {error}") from None
         if not matched:
             raise AdapterError(f"{where}: {key!r} matches none of the adapted modules, so it would do nothing")
+
+
+@lru_cache(maxsize=4096)  # a file may give every module a pattern of its own: re's own cache holds 512
+def _ending(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def _check_layers(model: Llama, layers: Sequence[int], where: str) -> None:
