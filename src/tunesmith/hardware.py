@@ -58,26 +58,6 @@ def memory() -> tuple[int, int]:
     return min(found.total, limit), max(0, min(found.available, limit - used))
 
 
-def resident_memory() -> int:
-    """Bytes of main memory that this process holds now."""
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
-
-
-def peak_memory() -> int:
-    """The most bytes this process ever held: of the GPU if one is in use, else of main memory."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_allocated())
-    try:
-        import resource
-    except ImportError:  # Windows
-        return resident_memory()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
-
-
 @cache
 def cpu_features() -> frozenset[str]:
     """The processor's instruction sets, by the names that Linux gives them (avx512_bf16, amx_bf16, ...)."""

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 _CHUNK = 2**20
 _NETWORK = (
     "NewConnectionError|ConnectTimeoutError|NameResolutionError|Failed to establish a new connection|ProxyError"
-    "|Temporary failure in name resolution|Network is unreachable|Could not fetch URL"
+    "|Temporary failure in name resolution|Network is unreachable"
 )
 _BROKEN_OFF = "IncompleteRead|Connection broken|ConnectionResetError|Connection aborted|Read timed out|ReadTimeoutError"
-# What pip prints -> what a user can do. The first that matches wins.
+# What pip prints -> what a user can do. The first that matches wins: pip says "connection broken" of any network fault.
 _FAULTS = (
     ("No module named pip", "pip is missing from {python}; run: {python} -m ensurepip"),
     (
@@ -46,9 +46,9 @@ _FAULTS = (
     ),
     ("No space left on device", "DISK"),
     ("Read-only file system|Permission denied", "pip may not write there: {last}"),
-    (f"(?i){_BROKEN_OFF}|incomplete.download", "the download broke off; try again"),
     ("CERTIFICATE_VERIFY_FAILED|SSLError", "the certificate of the package index was refused: {last}"),
     (_NETWORK, "the package index cannot be reached; connect to the network once, it is kept for offline use then"),
+    (f"(?i){_BROKEN_OFF}|incomplete.download", "the download broke off; try again"),
     ("No matching distribution", "the package index that pip is configured for does not have it"),
 )
 

@@ -6,7 +6,6 @@ cache is shared with them. Only files that Tunesmith reads are fetched: never pi
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from pathlib import Path
@@ -78,11 +77,11 @@ def _snapshot(repo: str, kind: str, revision: str | None, allow: list[str], igno
     except errors.HFValidationError as error:
         raise CatalogError(f"{repo}: not a name that a hub can have: {_first_line(error)}") from error
     except OSError as error:  # the library's HTTP errors are OSErrors too
-        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
-            cure = (
-                f"{constants.HF_HUB_CACHE}: {repo} could not be stored: {error.strerror}; set HF_HOME to another folder"
-            )
-            raise DiskError(cure) from error
+        if error.errno is not None and not isinstance(error, ConnectionError):
+            raise DiskError(
+                f"{constants.HF_HUB_CACHE}: {repo} could not be stored there ({(error.strerror or '').lower()}); set "
+                "HF_HOME to a folder with space that can be written to"
+            ) from error
         raise CatalogError(f"{repo}: {constants.ENDPOINT} failed: {_first_line(error)}; try again") from error
     except Exception as error:
         # The HTTP library's own errors (a connection that broke off) have no base class that the hub's library names.

@@ -1,0 +1,108 @@
+"""What is told about a machine, and the dtype that is recommended for it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import tunesmith
+from tunesmith import hardware
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ({"avx2", "avx512f", "avx512_bf16"}, "bfloat16"),
+        ({"avx2", "amx_bf16", "amx_tile"}, "bfloat16"),
+        ({"avx2", "avx512f", "avx512_fp16", "amx_int8"}, "float32"),
+        ({"neon", "bf16"}, "float32"),
+        (set(), "float32"),
+    ],
+)
+def test_dtype_of_a_cpu(features, expected, monkeypatch):
+    monkeypatch.setattr(hardware, "cpu_features", lambda: frozenset(features))
+    assert hardware.recommended_dtype() == hardware.recommended_dtype(torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((7, 0), "float32"), ((7, 5), "float32"), ((8, 0), "bfloat16"), ((8, 9), "bfloat16"), ((9, 0), "bfloat16")],
+)
+def test_dtype_of_a_gpu_is_never_float16(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert hardware.recommended_dtype("cuda:0") == expected
+
+
+def test_other_devices_compute_in_float32():
+    assert hardware.recommended_dtype("mps") == hardware.recommended_dtype("meta") == "float32"
+
+
+def test_cpu_features_are_the_kernels(monkeypatch):
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith(("flags", "Features")):
+            assert hardware.cpu_features() == frozenset(line.split(":")[1].split())
+            return
+    pytest.skip("this system has no /proc/cpuinfo with flags")
+
+
+def test_cores_and_memory_are_plausible():
+    assert 1 <= hardware.cores() <= (os.cpu_count() or 1)
+    total, available = hardware.memory()
+    assert 2**28 < available <= total < 2**50
+
+
+def test_control_group_bounds_cores_and_memory(monkeypatch):
+    read = Path.read_text
+    limits = {"cpu.max": "150000 100000\n", "memory.max": f"{2**30}\n", "memory.current": f"{2**28}\n"}
+
+    def limited(self, *arguments, **options):
+        return limits.get(self.name) or read(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", limited)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert hardware.cores() == 2
+    assert hardware.memory() == (2**30, 2**30 - 2**28)
+    limits |= {"cpu.max": "max 100000\n", "memory.max": "max\n"}
+    assert hardware.cores() == 8
+    assert hardware.memory()[0] > 2**30
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("TUNESMITH_HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert hardware.cache_dir() == tmp_path / ".cache" / "tunesmith"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert hardware.cache_dir() == tmp_path / "xdg" / "tunesmith"
+    monkeypatch.setenv("TUNESMITH_HOME", "~/mine")
+    assert hardware.cache_dir() == tmp_path / "mine"
+
+
+def test_describe_is_json_and_tells_no_secret(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    monkeypatch.setenv("HF_ENDPOINT", "http://me:hunter2@mirror.test/hf")
+    told = hardware.describe()
+    text = json.dumps(told)
+    assert "verysecret" not in text
+    assert "hunter2" not in text
+    assert told["settings"]["HF_ENDPOINT"] == "http://mirror.test/hf"
+    assert told["hf_token"] == "set"
+    assert told["tunesmith"] == tunesmith.__version__
+    assert told["packages"]["torch"] == importlib.metadata.version("torch")
+    assert {"safetensors", "tokenizers", "gguf", "huggingface_hub", "pydantic"} <= told["packages"].keys()
+    assert told["cpu"]["recommended_dtype"] == hardware.recommended_dtype()
+    assert len(told["gpus"]) == torch.cuda.device_count()
+
+
+def test_revision_is_the_checkouts(tmp_path, monkeypatch):
+    assert hardware.describe()["revision"] is None or len(hardware.describe()["revision"].rstrip("+")) == 12
+    fake = tmp_path / "src" / "tunesmith" / "hardware.py"
+    monkeypatch.setattr(hardware, "__file__", str(fake))
+    assert hardware._revision() is None
+    (tmp_path / ".git").mkdir()  # a folder that git does not know
+    assert hardware._revision() is None
