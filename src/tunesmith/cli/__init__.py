@@ -4,6 +4,6 @@ No module of this package imports torch, transformers or pydantic at the top: `-
 """
 
 from tunesmith.cli import data, show, train, use, verify
-from tunesmith.cli.app import app, main
+from tunesmith.cli.shell import app, main
 
 __all__ = ["app", "data", "main", "show", "train", "use", "verify"]

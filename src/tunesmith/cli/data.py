@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli.app import app, command
+from tunesmith.cli.shell import app, command
 from tunesmith.cli.train import Data, Model, Words, read_run
 from tunesmith.errors import ConfigError
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli.app import app, command, out, out_json
+from tunesmith.cli.shell import app, command, out, out_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 

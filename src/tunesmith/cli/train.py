@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from tunesmith.cli.app import app, command, console, note, out, out_json
+from tunesmith.cli.shell import app, command, console, note, out, out_json
 from tunesmith.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli.app import app, command, console, note, out, out_json
+from tunesmith.cli.shell import app, command, console, note, out, out_json
 from tunesmith.errors import ConfigError, DataError, GenerationError
 
 Target = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli.app import app, command, console, out, out_json
+from tunesmith.cli.shell import app, command, console, out, out_json
 
 
 @command(app, "verify")

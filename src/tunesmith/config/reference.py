@@ -58,7 +58,8 @@ def reference() -> str:
     return "\n".join(parts)
 
 
-ADAPTER = """`adapter` is checked by the method that `adapter.kind` names, which refuses what it does not know. LoRA has `rank`, `alpha`, `dropout`, `target_modules` and others.
+ADAPTER = """`adapter` is checked by the method that `adapter.kind` names, which refuses what it does not know.
+LoRA has `rank`, `alpha`, `dropout`, `target_modules` and others.
 """
 
 

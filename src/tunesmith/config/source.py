@@ -53,6 +53,15 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _quoted(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Double quotes for text with line breaks or invisible characters: plain styles fold or lose some of them."""
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _quoted)
+
+
 def dump(values: Mapping[str, Any]) -> str:
     """Return `values` (plain mappings, lists, scalars) as YAML that `parse` reads back equal."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

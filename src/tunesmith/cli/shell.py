@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 
 from tunesmith import __version__
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import Interrupted, TunesmithError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -113,7 +113,7 @@ def _failed(error: Exception) -> int:
     if os.environ.get(DEBUG) == "1":
         traceback.print_exception(error)
     if isinstance(error, TunesmithError):
-        note(f"error: {_one_line(error)}")
+        note(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {_one_line(error)}")
         return error.exit_code
     if _is_out_of_memory(error):
         note(f"error: out of memory: {_one_line(error)}; try a smaller train.pack_tokens, or train.recompute=true")
