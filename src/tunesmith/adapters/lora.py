@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from tunesmith.adapters import peft_config as peft
 from tunesmith.adapters.base import Adapter, Delta, Placement
-from tunesmith.adapters.targets import by_pattern, check_patterns, select_linears
+from tunesmith.adapters.targets import Layers, by_pattern, check_patterns, select_linears
 from tunesmith.config import STRICT
 from tunesmith.config.sections import Words
 from tunesmith.errors import AdapterError
@@ -42,7 +42,7 @@ class LoRASettings:
     target_modules: str | Words = Field(
         default="all-linear", description="Module names, a regular expression, or all-linear (every one but lm_head)."
     )
-    layers_to_transform: tuple[int, ...] | None = Field(default=None, description="Only these layers; none is all.")
+    layers_to_transform: Layers | None = Field(default=None, description="Only these layers; none is all.")
     rank_pattern: Mapping[str, int] = Field(default_factory=dict, description="Other ranks, by pattern of module name.")
     alpha_pattern: Mapping[str, float] = Field(
         default_factory=dict, description="Other alphas, by pattern of module name."

@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import TypeVar
+from typing import Annotated, TypeVar
+
+from pydantic import BeforeValidator
 
 from tunesmith.errors import AdapterError, did_you_mean
 from tunesmith.model.linear import Linear
 from tunesmith.model.llama import Llama
 
 T = TypeVar("T")
+# Numbers of decoder layers, as a setting: YAML and JSON know lists only.
+Layers = Annotated[tuple[int, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
 
 
 def select_linears(
