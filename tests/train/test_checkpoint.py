@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tunesmith.errors import CheckpointError, DiskError
-from tunesmith.files import MARKER, clean_leftovers
+from tunesmith.files import MARKER, clean_leftovers, is_complete
 from tunesmith.train import checkpoint
 from tunesmith.train.checkpoint import (
     latest_checkpoint,
@@ -186,7 +186,7 @@ def test_kill_at_every_call_of_a_save_leaves_a_complete_checkpoint(tmp_path):
         latest = latest_checkpoint(tmp_path)
         assert step_of(latest) in (step, step + 1)
         assert_is(latest, step_of(latest))
-        assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+        assert all(is_complete(p) for p in tmp_path.iterdir())  # no temporary one, nor half of a pruned one
         step = step_of(latest)
         if code == 0:
             break

@@ -16,7 +16,8 @@ One layer keeps, in values a token (d = hidden, q = query heads x head_dim, k = 
     d    input of gate/up_proj, if adapted    2f   outputs of gate_proj and up_proj
     f    input of down_proj, if adapted       r    x A of every adapted linear
 
-and in float32 a log-sum-exp a query head and a scale a norm; q + k more values with QK-norm. A frozen linear keeps nothing: its backward needs W only.
+and in float32 a log-sum-exp a query head and a scale a norm; with QK-norm, q + k more. A frozen linear keeps nothing:
+its backward needs W only.
 """
 
 from __future__ import annotations
