@@ -100,7 +100,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise ModelError(f"{path}: damaged safetensors header ({str(error)[:80]}); download it again") from None
     for name, entry in entries.items():
         if not name.isprintable():
-            raise ModelError(f"{path}: damaged safetensors header (a tensor is called {name[:60]!r}); download it again")
+            raise ModelError(f"{path}: damaged safetensors header (tensor name {name[:60]!r}); download it again")
         width = _WIDTHS.get(entry.dtype)
         if entry.start + entry.size > size or width is not None and math.prod(entry.shape) * width != entry.size:
             raise ModelError(f"{path}: {name[:80]} runs past the end of the file; is the download complete?")
