@@ -13,7 +13,7 @@ from tunesmith.cli import main
 
 
 class FakeApi(SimpleNamespace):
-    """Stands in for tunesmith.api: `calls` holds (name, args, kwargs); `answers` what to return or raise."""
+    """Stands in for tunesmith.api and workflow: `calls` holds (name, args, kwargs), `answers` what to do."""
 
     def __init__(self) -> None:
         super().__init__(calls=[], answers={})
@@ -37,6 +37,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
     fake = FakeApi()
     monkeypatch.setitem(sys.modules, "tunesmith.api", fake)
     monkeypatch.setattr(tunesmith, "api", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "tunesmith.workflow", fake)
     return fake
 
 

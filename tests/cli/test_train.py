@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from tunesmith.cli.train import complete_resume
@@ -18,21 +20,21 @@ def config(tmp_path):
 
 @pytest.mark.parametrize("name", ["train", "finetune"])
 def test_train_gives_the_run_and_prints_its_folder(api, tunesmith_command, config, name):
-    api.answers["train_run"] = "runs/a"
+    api.answers["train_run"] = SimpleNamespace(folder="runs/a")
     code, out, err = tunesmith_command(
         name, "adapter.rank=4", config, "seed=9", "--epochs", "2", "--lr", "1e-3", "-o", "out", "--name", "n", "-m", "x"
     )
     assert (code, out, err) == (0, "runs/a\n", "")
-    [(called, (run,), more)] = api.calls
+    [(called, (run, console), _)] = api.calls
     assert called == "train_run"
     assert (run.train.epochs, run.train.learning_rate, run.train.seed) == (2.0, 1e-3, 9)
     assert (run.output_dir, run.name, run.model.path, run.data.train) == ("out", "n", "x", "d")
     assert run.adapter == {"kind": "lora", "rank": 4}
-    assert more["console"].stderr
+    assert console.stderr
 
 
 def test_notes_go_to_stderr(api, tunesmith_command, config):
-    api.answers["train_run"] = "runs/a"
+    api.answers["train_run"] = SimpleNamespace(folder="runs/a")
     _, out, err = tunesmith_command("train", config, "group_by_length=true")
     assert out == "runs/a\n"
     assert err.startswith("note: group_by_length: ")
@@ -73,6 +75,7 @@ def test_resume_may_stand_alone(words, completed):
 
 
 def test_resume_takes_the_configuration_of_the_run_folder(api, tunesmith_command, tmp_path):
+    api.answers["train_run"] = SimpleNamespace(folder="runs/a")
     run = tmp_path / "runs" / "a"
     checkpoint = run / "checkpoint-000010"
     checkpoint.mkdir(parents=True)
@@ -80,7 +83,7 @@ def test_resume_takes_the_configuration_of_the_run_folder(api, tunesmith_command
     for folder in (run, checkpoint):
         api.calls.clear()
         assert tunesmith_command("train", "--resume", str(folder))[0] == 0
-        [(_, (resumed,), _)] = api.calls
+        [(_, (resumed, _), _)] = api.calls
         assert (resumed.name, resumed.train.seed, resumed.train.resume) == ("a", 3, str(folder))
 
 

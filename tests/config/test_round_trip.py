@@ -51,7 +51,8 @@ data = st.builds(
     template=words,
     instruction=maybe(words | tricky),
     labels=st.lists(words, max_size=3).map(tuple),
-    cutoff=count,
+    cutoff=st.integers(2, 10**6),
+    cut=st.sampled_from(["answer-end", "drop"]),
     train_on_inputs=st.booleans(),
 )
 trains = st.builds(

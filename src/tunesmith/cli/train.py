@@ -81,9 +81,9 @@ def train(
             "train.resume": resume,
         },
     )
-    from tunesmith import api
+    from tunesmith.workflow import train_run
 
-    out(str(api.train_run(run, console=console())))
+    out(str(train_run(run, console()).folder))
 
 
 command(app, "train", cls=_TrainCommand)(train)

@@ -116,7 +116,11 @@ class DataSection:
     instruction: str | None = Field(
         default=None, description="Instruction put before rows that have none, such as text and label."
     )
-    cutoff: Count = Field(default=1024, description="Longest example in tokens; the rest is cut off and counted.")
+    cutoff: int = Field(default=1024, ge=2, description="Longest example in tokens; the rest is cut off and counted.")
+    cut: Literal["answer-end", "prompt-start", "drop"] = Field(
+        default="answer-end",
+        description="What a row over `cutoff` loses: the end of its answer, the start of its prompt, or itself.",
+    )
     train_on_inputs: bool = Field(default=False, description="Also learn the prompt, not the answer alone.")
     limit: Count | None = Field(default=None, description="Use only the first rows of `train`.")
     labels: Words = Field(
