@@ -26,9 +26,9 @@ def make_twins(seed: int = 0, vocab: int = 97, scale: float = 6.0, **changes: ob
     import transformers
 
     sizes: dict[str, object] = {
-        "vocab_size": vocab, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
-        "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False,
-        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+        "vocab_size": vocab, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
     }  # fmt: skip
     kind = changes.pop("kind", "Llama")
     config = getattr(transformers, f"{kind}Config")(**{**sizes, **changes})
@@ -93,4 +93,3 @@ class ByteStreamer:
 def byte_tokenizer() -> ByteTokenizer:
     """See ByteTokenizer."""
     return ByteTokenizer()
-

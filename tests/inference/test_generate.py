@@ -11,7 +11,9 @@ from tunesmith.model.layout import Layout
 from tunesmith.model.seam import Seam
 
 
-def theirs(model: torch.nn.Module, prompt: list[int], eos: list[int] | None = None, **settings: object) -> list[list[int]]:
+def theirs(
+    model: torch.nn.Module, prompt: list[int], eos: list[int] | None = None, **settings: object
+) -> list[list[int]]:
     """The continuations that transformers generates for one prompt, EOS cut off."""
     ids = torch.tensor([prompt])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=eos, pad_token_id=0, **settings)
@@ -27,8 +29,8 @@ FAMILIES = {
     "tied": {"tie_word_embeddings": True},
     "llama3-rope": {
         "rope_parameters": {
-            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
+            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0,
+            "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
         }
     },
     "mistral": {"kind": "Mistral", "sliding_window": 9},
@@ -202,7 +204,9 @@ def test_adapters_are_chosen_by_name(twins_maker, prompts: list[list[int]]) -> N
     seam["shift"] = Shift()
     assert generate(model, prompts, settings, eos_ids=()) != base
     assert generate(model, prompts, settings, eos_ids=(), adapters=()) == base
-    assert generate(model, prompts, settings, eos_ids=(), adapters=("shift",)) == generate(model, prompts, settings, eos_ids=())
+    assert generate(model, prompts, settings, eos_ids=(), adapters=("shift",)) == generate(
+        model, prompts, settings, eos_ids=()
+    )
     with pytest.raises(AdapterError, match=r"'shfit' is not attached; did you mean 'shift'\? \(attached: shift\)"):
         generate(model, prompts, settings, eos_ids=(), adapters=("shfit",))
 
@@ -231,4 +235,3 @@ def test_streaming_leaves_gradients_to_the_consumer(twins, byte_tokenizer) -> No
     for _ in stream(twins.ours, [[1, 2]], GenerationSettings(max_new_tokens=3), eos_ids=(), tokenizer=byte_tokenizer):
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
-

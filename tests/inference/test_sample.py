@@ -48,7 +48,9 @@ def test_inconsistent_settings_are_refused_by_name(values: dict, said: str) -> N
 def test_consistent_settings_are_accepted() -> None:
     GenerationSettings()
     GenerationSettings(beams=4, n=4, length_penalty=0.0)
-    GenerationSettings(temperature=1.0, top_k=1, top_p=1.0, min_p=0.0, n=8, seed=0, stop=("\n",), repetition_penalty=0.9)
+    GenerationSettings(
+        temperature=1.0, top_k=1, top_p=1.0, min_p=0.0, n=8, seed=0, stop=("\n",), repetition_penalty=0.9
+    )
 
 
 def test_an_unknown_setting_is_named_with_the_nearest() -> None:

@@ -94,7 +94,11 @@ def test_a_stop_string_inside_a_token() -> None:
     assert answer.result().ids == (0,)
 
 
-@given(st.text("ab\n#é", max_size=30), st.lists(st.text("ab\n#é", min_size=1, max_size=4), min_size=1, max_size=3), st.data())
+@given(
+    st.text("ab\n#é", max_size=30),
+    st.lists(st.text("ab\n#é", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.data(),
+)
 def test_the_matcher_equals_a_search_in_the_whole_text(text: str, stops: list[str], data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     matcher = StopMatcher(stops)

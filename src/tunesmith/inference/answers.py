@@ -19,13 +19,13 @@ FinishReason = Literal["eos", "stop", "length"]
 class Generation:
     """One finished answer.
 
-    `ids` leave out the EOS token and the tokens from a stop string on; `text` (None without a tokenizer) ends before the
+    `ids` leave out the EOS token and the tokens from a stop string on; `text` ("" without a tokenizer) ends before the
     stop string. `finish_reason`: "eos", "stop" (a stop string) or "length" (max_new_tokens, or the end of the model's
     context). `logprobs`, where asked for: each token's log-probability under the unprocessed distribution.
     """
 
     ids: tuple[int, ...]
-    text: str | None
+    text: str
     finish_reason: FinishReason
     logprobs: tuple[float, ...] | None = None
 
@@ -87,9 +87,8 @@ class Answer:
 
     def result(self) -> Generation:
         """The finished answer."""
-        text = "".join(self._text) if self._streamer is not None else None
         logprobs = tuple(self.logprobs) if self.job.logprobs else None
-        return Generation(tuple(self.ids), text, self.reason or "length", logprobs)
+        return Generation(tuple(self.ids), "".join(self._text), self.reason or "length", logprobs)
 
     def _show(self, fresh: str) -> str:
         shown = self._matcher.push(fresh)

@@ -1,12 +1,13 @@
 """Beam search, with the semantics of transformers' `early_stopping=False`.
 
-Of the 2 x beams likeliest continuations of a prompt's beams, those among the first `beams` that end (EOS, stop string, length)
-become candidates with the score
+Of the 2 x beams likeliest continuations of a prompt's beams, those among the first `beams` that end (EOS, stop
+string, length) become candidates with the score
 
     sum of log-probabilities / (tokens, EOS included) ** length_penalty
 
-and the first `beams` of the others go on. A prompt is done when it has `beams` candidates and its best open beam, scored as if it
-ended now, is no better than the worst of them. More than one EOS token widens the choice to (1 + EOS tokens) x beams.
+and the first `beams` of the others go on. A prompt is done when it has `beams` candidates and its best open beam,
+scored as if it ended now, is no better than the worst of them. More than one EOS token widens the choice to (1 + EOS
+tokens) x beams.
 """
 
 from __future__ import annotations

@@ -2,14 +2,15 @@
 
     prompts -> groups that fit the cache -> prefill (one packed row) -> [ choose, push, drop the finished, step ] ...
 
-`stream` yields pieces as they come; `generate` collects them. An answer's tokens depend on its prompt, the settings and its
-seed, not on what else is in the batch (up to the rounding of a batched product).
+`stream` yields pieces as they come; `generate` collects them. An answer's tokens depend on its prompt, the settings
+and its seed, not on what else is in the batch (up to the rounding of a batched product).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -45,10 +46,11 @@ def generate(
 ) -> list[Generation]:
     """Answer every prompt (token ids); `settings.n` answers a prompt, next to each other, in the order of the prompts.
 
-    `tokenizer` is needed for text and stop strings. `adapters`: the attached ones that act (None: all, (): the bare base).
-    `seeds` gives each prompt a seed of its own in place of `settings.seed`. `share_prefix=False` computes a common preamble
-    for every prompt anew. `on_text(index, text)` is called with every piece as it comes. Raises GenerationError for a prompt
-    that is empty, too long, or of another vocabulary; AdapterError for an adapter that is not attached.
+    `tokenizer` is needed for text and stop strings. `adapters`: the attached ones that act (None: all, (): the bare
+    base). `seeds` gives each prompt a seed of its own in place of `settings.seed`. `share_prefix=False` computes a
+    common preamble for every prompt anew. `on_text(index, text)` is called with every piece as it comes. Raises
+    GenerationError for a prompt that is empty, too long, or of another vocabulary; AdapterError for an adapter that
+    is not attached.
     """
     settings = settings or GenerationSettings()
     results: list[Generation | None] = [None] * (len(prompts) * settings.n)
@@ -77,10 +79,12 @@ def stream(
     share_prefix: bool = True,
     cache_bytes: int = CACHE_BYTES,
 ) -> Iterator[Piece]:
-    """Yield the text of all answers piece by piece; see `generate` for the arguments. Closing the iterator stops the work.
+    """Yield the text of all answers piece by piece; the arguments are those of `generate`.
 
-    A piece holds complete characters only, and nothing that may still become a stop string. Beams give one piece an answer.
-    Until the iterator ends or is closed the model is in evaluation mode.
+    Closing the iterator stops the work.
+
+    A piece holds complete characters only, and nothing that may still become a stop string. Beams give one piece an
+    answer. Until the iterator ends or is closed the model is in evaluation mode.
     """
     job = make_job(model, settings, eos_ids, tokenizer, adapters, logprobs, share_prefix)
     for number, prompt in enumerate(prompts):
@@ -162,13 +166,16 @@ def _groups(job: Job, prompts: Sequence[Sequence[int]], cache_bytes: int) -> Ite
 
 @torch.inference_mode()
 def decode(job: Job, answers: Sequence[Answer], cache: Cache, logits: Tensor) -> Iterator[Piece]:
-    """Continue every sequence of the cache, given the logits after it, until its answer ends; the finished leave the batch."""
+    """Continue every sequence of the cache, given the logits after it, until its answer ends.
+
+    What is finished leaves the batch.
+    """
     model, settings, live = job.model, job.settings, list(answers)
     seen = seen_tokens([answer.prompt for answer in live], logits) if settings.repetition_penalty != 1.0 else None
     while live:
         tokens = choose(process(logits, settings, seen), settings, [answer.generator for answer in live])
-        chances = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist() if job.logprobs else [None] * len(live)
-        for answer, token, chance in zip(live, tokens.tolist(), chances, strict=True):
+        chances = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist() if job.logprobs else repeat(None)
+        for answer, token, chance in zip(live, tokens.tolist(), chances, strict=False):
             text = answer.push(token, chance)
             if text or answer.reason is not None:
                 yield Piece(answer.index, text, answer.result() if answer.reason is not None else None)
@@ -204,4 +211,3 @@ def evaluation_mode(model: Llama) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-

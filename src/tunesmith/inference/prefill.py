@@ -1,4 +1,4 @@
-"""The prompts' pass: ragged prompts end to end in one row, common beginnings computed once, logits at last tokens only."""
+"""The prompts' pass: all of them end to end in one row, common beginnings computed once, logits at last tokens only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def check_prompt(config: ModelConfig, prompt: Sequence[int], name: str) -> None:
         raise GenerationError(f"{name}: holds no token; give it a text, or the tokenizer's BOS token")
     if limit is not None and len(prompt) >= limit:
         raise GenerationError(
-            f"{name}: {len(prompt)} tokens leave no room in the model's context of {limit} (max_position_embeddings); shorten it"
+            f"{name}: {len(prompt)} tokens leave no room in the model's context of {limit} "
+            "(max_position_embeddings); shorten it"
         )
     if min(prompt) < 0 or max(prompt) >= config.vocab_size:
         raise GenerationError(
@@ -39,11 +40,16 @@ def check_prompt(config: ModelConfig, prompt: Sequence[int], name: str) -> None:
         )
 
 
+def attached_adapters(model: Llama) -> list[str]:
+    """Names of the adapters that edit something in this model, sorted."""
+    return sorted({name for module in model.modules() if isinstance(module, Seam) for name in module})
+
+
 def check_adapters(model: Llama, adapters: tuple[str, ...] | None) -> None:
     """Raise AdapterError for a name that is attached nowhere: it would silently change nothing."""
     if not adapters:
         return
-    attached = sorted({name for module in model.modules() if isinstance(module, Seam) for name in module})
+    attached = attached_adapters(model)
     for name in adapters:
         if name not in attached:
             known = ", ".join(attached) or "none"
@@ -51,7 +57,12 @@ def check_adapters(model: Llama, adapters: tuple[str, ...] | None) -> None:
 
 
 def forward_last(
-    model: Llama, tokens: Sequence[int] | Tensor, layout: Layout, cache: Cache, adapters: tuple[str, ...] | None, rows: Sequence[int]
+    model: Llama,
+    tokens: Sequence[int] | Tensor,
+    layout: Layout,
+    cache: Cache,
+    adapters: tuple[str, ...] | None,
+    rows: Sequence[int],
 ) -> Tensor:
     """One pass with the cache; float32 logits (len(rows), vocab) at these rows."""
     ids = torch.as_tensor(tokens, dtype=torch.int64, device=model.device)
@@ -75,17 +86,19 @@ def prefill(
     """
     tokens, layout = pack_prompts(prompts, share_prefix, model.device)
     cache = Cache(model.config, len(prompts), max(map(len, prompts)) + room, model.dtype, model.device)
-    last = [layout.starts[i] + layout.lengths[i] - 1 for i in range(len(layout.lengths) - len(prompts), len(layout.lengths))]
-    return cache, forward_last(model, torch.from_numpy(tokens).to(model.device), layout, cache, adapters, last)
+    ends = [start + length - 1 for start, length in zip(layout.starts, layout.lengths, strict=True)]
+    return cache, forward_last(
+        model, torch.from_numpy(tokens).to(model.device), layout, cache, adapters, ends[-len(prompts) :]
+    )
 
 
 def pack_prompts(
     prompts: Sequence[Sequence[int]], share_prefix: bool, device: torch.device | str = "cpu"
 ) -> tuple[np.ndarray, Layout]:
-    """Tokens and layout of a row whose last segments are the prompts' own ends, in order, and whose first ones are shared.
+    """Tokens and layout of a row: what prompts share, then each prompt's own end, in order.
 
-    Every prompt keeps at least its last token to itself, whatever it shares: its logits are read there, and its keys and
-    values become a sequence of the cache.
+    Every prompt keeps at least its last token to itself, whatever it shares: its logits are read there, and its keys
+    and values become a sequence of the cache.
     """
     ids = [np.asarray(prompt, np.int64) for prompt in prompts]
     begins, parent_of = [0] * len(ids), [-1] * len(ids)

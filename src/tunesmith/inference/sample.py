@@ -1,7 +1,7 @@
 """How the next token is chosen: the settings, and the arithmetic on logits.
 
-The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p, then the draw. Every step is a pure
-function of logits (n, vocab) and is equal to the LogitsProcessor of the same name.
+The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p, then the draw. Every step is
+a pure function of logits (n, vocab) and is equal to the LogitsProcessor of the same name.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from tunesmith.errors import GenerationError, did_you_mean
 class GenerationSettings:
     """What a user may ask of generation; a value that another one would silently ignore is refused.
 
-    `temperature` 0 is greedy (the likeliest token); above 0 tokens are drawn, narrowed by `top_k`, `top_p` and `min_p`.
-    `beams` > 1 searches instead of drawing: sum of log-probabilities / length ** `length_penalty`. `n` answers a prompt.
-    `stop` strings end an answer and are cut off. `seed` fixes the draw of every prompt, whatever else is in the batch.
-    Raises GenerationError.
+    `temperature` 0 is greedy (the likeliest token); above 0 tokens are drawn, narrowed by `top_k`, `top_p` and
+    `min_p`. `beams` > 1 searches instead of drawing: sum of log-probabilities / length ** `length_penalty`. `n`
+    answers a prompt. `stop` strings end an answer and are cut off. `seed` fixes the draw of every prompt, whatever
+    else is in the batch. Raises GenerationError.
     """
 
     max_new_tokens: int = 256
@@ -54,7 +54,9 @@ class GenerationSettings:
         known = [field.name for field in fields(self)]
         for name in values:
             if name not in known:
-                raise GenerationError(f"generation: unknown setting {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
+                raise GenerationError(
+                    f"generation: unknown setting {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})"
+                )
         return replace(self, **values)
 
     def _out_of_range(self) -> list[tuple[str, str]]:
@@ -62,7 +64,9 @@ class GenerationSettings:
         for name in ("max_new_tokens", "beams", "n", "top_k"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                found.append((name, ": must be a whole number of at least 1" + (", or left out" if name == "top_k" else "")))
+                found.append(
+                    (name, ": must be a whole number of at least 1" + (", or left out" if name == "top_k" else ""))
+                )
         ranges = {
             "temperature": (0.0, math.inf, "0 (greedy) or more"),
             "top_p": (5e-324, 1.0, "above 0 and at most 1, or left out"),
@@ -76,7 +80,9 @@ class GenerationSettings:
             if not (name in ("top_p", "min_p") and value is None) and not (number and low <= value <= high):
                 found.append((name, f": must be {words}"))
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            found.append(("stop", ": must be a sequence of non-empty strings; an empty one would end every answer at once"))
+            found.append(
+                ("stop", ": must be a sequence of non-empty strings; an empty one would end every answer at once")
+            )
         if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 63):
             found.append(("seed", ": must be a whole number from 0 to 2**63 - 1"))
         return found
@@ -84,18 +90,22 @@ class GenerationSettings:
     def _contradictions(self) -> list[tuple[str, str]]:
         narrowing = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
         if self.beams > 1:
-            chance = [name for name in (*(("temperature",) if self.samples else ()), *narrowing)]
-            found = [(name, f" has no effect with beams={self.beams}: leave it out, or set beams=1 to sample") for name in chance]
+            chance = ["temperature", *narrowing] if self.samples else narrowing
+            cure = f" has no effect with beams={self.beams}: leave it out, or set beams=1 to sample"
+            found = [(name, cure) for name in chance]
             if self.n > self.beams:
                 found.append(("n", f" is more than beams={self.beams}: raise beams or lower n"))
             return found
-        greedy = " (greedy)"
-        found = [(name, f" has no effect with temperature=0{greedy}: set temperature=1, or leave {name} out") for name in narrowing]
-        found = [] if self.samples else found
-        if self.n > 1 and not self.samples:
-            found.append(("n", f" answers would all be the same with temperature=0{greedy}: set temperature=1, or beams"))
+        found = []
+        if not self.samples:
+            cure = " has no effect with temperature=0 (greedy): set temperature=1, or leave it out"
+            found += [(name, cure) for name in narrowing]
+            if self.n > 1:
+                found.append(
+                    ("n", " answers would all be the same with temperature=0 (greedy): set temperature=1, or beams")
+                )
         if self.length_penalty != 1.0:
-            found.append(("length_penalty", " has no effect with beams=1: set beams above 1, or leave length_penalty out"))
+            found.append(("length_penalty", " has no effect with beams=1: set beams above 1, or leave it out"))
         return found
 
 
@@ -127,7 +137,7 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 
 
 def process(logits: Tensor, settings: GenerationSettings, seen: Tensor | None) -> Tensor:
-    """Apply the settings to logits (n, vocab), in transformers' order. `seen` is needed for a repetition penalty only."""
+    """Apply the settings to logits (n, vocab), in transformers' order; `seen` serves the repetition penalty."""
     if settings.repetition_penalty != 1.0 and seen is not None:
         logits = penalize_repetition(logits, seen, settings.repetition_penalty)
     if settings.samples and settings.temperature != 1.0:
@@ -144,8 +154,8 @@ def process(logits: Tensor, settings: GenerationSettings, seen: Tensor | None) -
 def choose(logits: Tensor, settings: GenerationSettings, generators: Sequence[torch.Generator]) -> Tensor:
     """The next token of every row of processed logits (n, vocab): (n,) int64.
 
-    A draw inverts the distribution function at one uniform number of the row's own generator, so that a row's tokens depend
-    on its seed alone and not on the rows beside it.
+    A draw inverts the distribution function at one uniform number of the row's own generator, so that a row's tokens
+    depend on its seed alone and not on the rows beside it.
     """
     if not settings.samples:
         return logits.argmax(-1)

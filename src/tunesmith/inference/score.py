@@ -1,7 +1,7 @@
 """Log-probabilities of given continuations: constrained label scoring, multiple choice.
 
-Every (prompt, continuation) is an example of a `Pack`: what several begin with, a prompt above all, stands in the row once,
-and the head acts only on positions that predict a token of a continuation.
+Every (prompt, continuation) is an example of a `Pack`: what several begin with, a prompt above all, stands in the row
+once, and the head acts only on positions that predict a token of a continuation.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def score_continuations(
 ) -> list[Tensor]:
     """For every prompt the summed log-probability of each of its continuations: float64 (continuations,), on the CPU.
 
-    `adapters`: the attached ones that act (None: all, (): the bare base). `share_prefix=False` computes every pair on its
-    own. Raises GenerationError for an empty prompt or continuation, or one that does not fit into the model's context.
+    `adapters`: the attached ones that act (None: all, (): the bare base). `share_prefix=False` computes every pair on
+    its own. Raises GenerationError for an empty prompt or continuation, or one that does not fit into the model's
+    context.
     """
     check_adapters(model, adapters)
     _check(model, prompts, continuations)
@@ -89,8 +90,11 @@ def _check(model: Llama, prompts: Sequence[Sequence[int]], continuations: Sequen
             if not len(tokens):
                 raise GenerationError(f"{name}: holds no token, so it has no probability; give it a text")
             if min(tokens) < 0 or max(tokens) >= vocab:
-                raise GenerationError(f"{name}: a token is outside of the vocabulary of {vocab}; use this model's tokenizer")
+                raise GenerationError(
+                    f"{name}: a token is outside of the vocabulary of {vocab}; use this model's tokenizer"
+                )
             if limit is not None and len(prompt) + len(tokens) > limit + 1:  # the last token is never fed
                 raise GenerationError(
-                    f"{name}: {len(prompt)} + {len(tokens)} tokens exceed the model's context of {limit}; shorten the prompt"
+                    f"{name}: {len(prompt)} + {len(tokens)} tokens exceed the model's context of {limit}; shorten the "
+                    "prompt"
                 )

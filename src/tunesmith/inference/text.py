@@ -35,7 +35,7 @@ class StopMatcher:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """The text that may be shown now; sets `found` where a stop string is complete (it and what follows are dropped)."""
+        """The text that may be shown now; sets `found` where a stop string is complete, which is dropped."""
         if self.found:
             return ""
         text = self._held + text
