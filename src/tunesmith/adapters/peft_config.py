@@ -21,7 +21,8 @@ PREFIX = "base_model.model."
 MAX_JSON = 16 << 20
 MAX_PATTERNS = 2000  # entries of a list or mapping of patterns
 _MAX_PATTERN = 1000  # characters
-_MAX_REPEATS = 6  # of a pattern: every further one multiplies what a match may cost
+_MAX_REPEATS = 5  # in a pattern: every further one makes a failing match some 8 times as long (5: 2 ms a module)
+_MAX_REPEATS_OF_MANY, _MAX_REPEATING = 3, 50  # in each of several patterns, and patterns that have any
 _MOST_LISTED = 5
 # Wrappers whose names end up in front of PEFT's keys when a wrapped model is saved.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "module.")
@@ -73,9 +74,9 @@ def refuse_pickle(folder: Path) -> None:
     for name in ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth"):
         if (folder / name).is_file():
             raise AdapterError(
-                f"{folder / name}: a pickle, which can run code when opened, is not read; convert it where you "
-                f'trust it, in its folder: python -c "import torch, safetensors.torch as s; s.save_file({{k: v.contiguous() '
-                f"for k, v in torch.load('{name}', map_location='cpu', weights_only=True).items()}}, "
+                f"{folder / name}: a pickle, which can run code when opened, is not read; convert it "
+                'where you trust it, in its folder: python -c "import torch, safetensors.torch as s; s.save_file('
+                f"{{k: v.contiguous() for k, v in torch.load('{name}', map_location='cpu', weights_only=True).items()}}, "
                 "'adapter_model.safetensors')\""
             )
 
@@ -99,26 +100,32 @@ def check_keys(
             )
 
 
-def check_pattern(pattern: str, where: str) -> None:
-    """Raise AdapterError for a regular expression from a file that is malformed or could take for ever to match."""
+def check_pattern(pattern: str, where: str, most: int = _MAX_REPEATS) -> int:
+    """Return how many repeats a regular expression from a file has.
+
+    Raises AdapterError for one that is malformed or could take for ever to match: more than `most` repeats, a repeat of
+    what may itself match in several ways, a back reference.
+    """
     try:
         if len(pattern) > _MAX_PATTERN:
             raise AdapterError(f"{where}: a regular expression of {len(pattern)} characters; list the modules instead")
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise AdapterError(f"{where}: {pattern[:60]!r} is no regular expression: {str(error)[:60]}") from None
-    if _explosive(pattern):
+    repeats = _repeats(pattern)
+    if repeats > most:
         raise AdapterError(
-            f"{where}: {pattern[:60]!r} could take for ever to match (repeats within repeats, or more than "
-            f"{_MAX_REPEATS} of them); list the modules by name instead"
+            f"{where}: {pattern[:60]!r} could take for ever to match (repeats within repeats, back references, or more "
+            f"than {most} repeats); list the modules by name instead"
         )
+    return int(repeats)
 
 
-def _explosive(pattern: str) -> bool:
-    """Does a group that may match in several ways repeat, or are there too many repeats?"""
+def _repeats(pattern: str) -> float:
+    """How many repeats a pattern has; infinity for nested ones and back references."""
     plain = re.sub(r"\[\^?\]?(\\.|[^\]\\])*\]", "x", re.sub(r"\\[^\d]", "x", pattern)).replace("(?", "(")
-    if re.search(r"\\\d", plain):  # a back reference
-        return True
+    if re.search(r"\\\d|\(P=", plain):
+        return math.inf
     choices, repeats = [False], 0
     for i, char in enumerate(plain):
         if char == "(":
@@ -126,13 +133,13 @@ def _explosive(pattern: str) -> bool:
         elif char == ")":
             inner = choices.pop() if len(choices) > 1 else False
             if inner and plain[i + 1 : i + 2] in ("*", "+", "{"):
-                return True
+                return math.inf
             choices[-1] |= inner
         elif char in "*+?{|":
             choices[-1] = True
             lazy = char == "?" and plain[i - 1 : i] in ("*", "+", "}", "?")
             repeats += char != "|" and not lazy
-    return repeats > _MAX_REPEATS
+    return repeats
 
 
 def plain_keys(tensors: Mapping[str, Tensor], where: str) -> dict[str, tuple[str, Tensor]]:
@@ -213,8 +220,9 @@ def patterns(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     value = config.get(key) or {}
     if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
         raise AdapterError(f"{where}: {key} should map module names to numbers, at most {MAX_PATTERNS} of them")
-    for pattern in value:
-        check_pattern(pattern, f"{where}: {key}")
+    repeating = sum(check_pattern(pattern, f"{where}: {key}", _MAX_REPEATS_OF_MANY) > 0 for pattern in value)
+    if repeating > _MAX_REPEATING:
+        raise AdapterError(f"{where}: {key}: {repeating} patterns with repeats; name the modules instead")
     return value
 
 

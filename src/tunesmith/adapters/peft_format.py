@@ -228,7 +228,7 @@ def _kind_of(config: Mapping[str, Any], folder: Path) -> str:
     wanted = config.get("peft_type")
     known = {method.peft_type: kind for kind in kinds() if isinstance(method := find_method(kind), Exchangeable)}
     if not isinstance(wanted, str) or wanted not in known:
-        hint = did_you_mean(str(wanted), known)
+        hint = did_you_mean(str(wanted).upper(), known)
         raise AdapterError(
             f"{folder / CONFIG}: peft_type {str(wanted)[:60]!r} is not supported{hint}; known: "
             f"{', '.join(sorted(known))}"
