@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tunesmith.config import DataSection, EvaluateSection, LogSection, ModelSection, Run, TrainSection, load_run
@@ -70,6 +70,7 @@ runs = st.builds(
 
 @settings(max_examples=150, deadline=None)
 @given(runs)
+@example(Run(model=ModelSection(path="\x85"), data=DataSection(train="a\u2028b", template=" a\n\n  b\r\n")))
 def test_a_dumped_run_loads_equal(run: Run):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
