@@ -127,7 +127,8 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._special = special_pattern(tokenizer)
-        self._special_ids = frozenset(tokenizer.special_tokens.values())
+        self._tokens = tokenizer.special_tokens
+        self._special_ids = frozenset(self._tokens.values())
         self._bos = tokenizer.bos_id
         self._short: dict[tuple[str, bool], list[int]] = {}
 
@@ -171,14 +172,14 @@ class Encoder:
 
     def _stretch(self, segment: Segment) -> tuple[bool, str]:
         """Neighbours with equal keys are encoded together; a special token that is a whole segment stands alone."""
-        alone = segment.special and segment.text in self._tokenizer.special_tokens
+        alone = segment.special and segment.text in self._tokens
         return segment.supervised, segment.text if alone else ""
 
     def _pieces(self, stretch: list[Segment], start: bool) -> Iterator[list[int]]:
         """Ids of segments alike in supervision: of all their text at once, unless a text holds a special token."""
         text = "".join(segment.text for segment in stretch)
-        if len(stretch) == 1 and stretch[0].special and text in self._tokenizer.special_tokens:
-            yield [self._tokenizer.special_tokens[text]]
+        if len(stretch) == 1 and stretch[0].special and text in self._tokens:
+            yield [self._tokens[text]]
             return
         trusted = self._count_trusted(stretch, text)
         if trusted is not None:

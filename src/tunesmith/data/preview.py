@@ -113,8 +113,5 @@ def _visible(text: str) -> str:
 
 
 def _legend(colour: bool) -> str:
-    if colour:
-        return
-        "green: supervised (the model learns to write it); dim: read only; \u00abEOS\u00bb: the learnt end of the "
-        "answer"
-    return "[[...]]: supervised (the model learns to write it); the rest is read only; \u00abEOS\u00bb: the learnt end"
+    target, prompt = ("green", "dim") if colour else ("[[...]]", "the rest")
+    return f"{target}: supervised, the model learns to write it; {prompt}: read only; \u00abEOS\u00bb: the learnt end"

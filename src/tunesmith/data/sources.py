@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import random
 import re
@@ -23,7 +24,8 @@ from tunesmith.errors import DataError, did_you_mean
 
 MAX_LINE = 16 << 20  # bytes of one row
 MAX_JSON = 1 << 30  # bytes of a .json file, which is read whole
-MAX_EXPANSION = 200  # times a .gz file may grow, over 64 MiB: text grows 3 to 20 times
+MAX_BLANK = 1_000_000  # blank lines in a row
+MAX_EXPANSION = 100  # times a .gz file may grow, over 4 MiB: text grows 3 to 20 times
 SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "val", "dev", "eval"), "test": ("test",)}
 NOT_SPACE = re.compile(r"[^ \t\n\r]")
 
@@ -165,12 +167,16 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines of a UTF-8 file without their ends, a BOM removed; long lines and expanding archives are refused."""
     packed = path.suffix.lower() == ".gz"
-    allowance = MAX_EXPANSION * path.stat().st_size + (64 << 20)
-    with gzip.open(path, "rb") if packed else path.open("rb") as file:
-        total, number = 0, 0
+    allowance = MAX_EXPANSION * path.stat().st_size + (4 << 20)
+    # the buffer's readline is C; GzipFile's own is not
+    with io.BufferedReader(gzip.GzipFile(path), 1 << 20) if packed else path.open("rb") as file:
+        total, number, blank = 0, 0, 0
         while raw := file.readline(MAX_LINE + 1):
             number += 1
             total += len(raw)
+            blank = blank + 1 if raw.isspace() else 0
+            if blank > MAX_BLANK:
+                raise DataError(f"{path}:{number}: {MAX_BLANK:,} blank lines in a row; remove them")
             if len(raw) > MAX_LINE:
                 raise DataError(f"{path}:{number}: the line is longer than {MAX_LINE >> 20} MiB; split it into rows")
             if packed and total > allowance:
@@ -256,7 +262,8 @@ def _element(decoder: json.JSONDecoder, text: str, at: int, path: Path, line: in
     try:
         return decoder.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        cure = "the file may have been cut off: copy it again" if error.pos >= len(text) - 1 else "correct it"
+        ends = error.pos >= len(text) - 1 or error.msg.startswith("Unterminated string")
+        cure = "the file may have been cut off: copy it again" if ends else "correct it"
         raise DataError(f"{path}:{error.lineno}: is not JSON ({error.msg}, column {error.colno}); {cure}") from None
     except RecursionError:
         raise DataError(f"{path}:{line}: is nested too deeply; remove the row") from None
