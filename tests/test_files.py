@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,16 @@ from tunesmith import files
 from tunesmith.errors import DiskError
 
 STEPS = ("open", "write", "fsync", "mkdir", "replace", "rename")  # every call of os that a save makes
+
+
+@pytest.fixture
+def quick_folder(tmp_path):
+    """A folder in memory where there is one: hundreds of real syncs of a busy disk would take minutes."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
 
 
 class Fault:
@@ -210,8 +221,8 @@ def test_exception_in_the_block_leaves_the_old_folder(tmp_path):
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_kill_at_every_call_leaves_the_old_or_the_new_folder(tmp_path, exists):
-    folder = tmp_path / "out"
+def test_kill_at_every_call_leaves_the_old_or_the_new_folder(quick_folder, exists):
+    folder = quick_folder / "out"
 
     def reset():
         shutil.rmtree(folder, ignore_errors=True)
@@ -219,19 +230,19 @@ def test_kill_at_every_call_leaves_the_old_or_the_new_folder(tmp_path, exists):
             fill(folder, "one")
 
     def check():
-        files.clean_leftovers(tmp_path)
+        files.clean_leftovers(quick_folder)
         if exists or folder.exists():
             assert files.damage(folder) is None
             text = (folder / "a.txt").read_text()
             assert text in ("one", "two") and (folder / "sub" / "b.txt").read_text() == text
-        assert names(tmp_path) <= {"out"}
+        assert names(quick_folder) <= {"out"}
 
     assert every_kill(lambda: fill(folder, "two"), check, reset) > 20
     assert (folder / "a.txt").read_text() == "two"
 
 
-def test_disk_full_at_every_call_of_a_folder_leaves_the_old_one(tmp_path):
-    folder = tmp_path / "out"
+def test_disk_full_at_every_call_of_a_folder_leaves_the_old_one(quick_folder):
+    folder = quick_folder / "out"
     fill(folder, "one")
     at = 0
     while True:
@@ -248,8 +259,8 @@ def test_disk_full_at_every_call_of_a_folder_leaves_the_old_one(tmp_path):
         assert files.damage(folder) is None
         if (folder / "a.txt").read_text() == "two":  # only the last sync failed: the new folder is in place
             fill(folder, "one")
-        files.clean_leftovers(tmp_path)
-        assert names(tmp_path) == {"out"}
+        files.clean_leftovers(quick_folder)
+        assert names(quick_folder) == {"out"}
     assert at > 8
 
 
