@@ -1,4 +1,4 @@
-"""Tokens equal those of transformers; what is supervised is exactly the answer and its end; nothing is forged or lost."""
+"""Tokens equal those of transformers; what is supervised is the answer and its end; nothing is forged or lost."""
 
 import random
 import time

@@ -12,8 +12,8 @@ from tunesmith.errors import TemplateError
 
 # tloen/alpaca-lora, templates/alpaca.json and alpaca_short.json
 WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
-    "that appropriately completes the request.\n\n### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\n"
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\n"
 )
 NO_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -232,7 +232,8 @@ def test_changed_texts_with_special_tokens_are_refused(tokenizer):
 def test_what_transformers_gives_to_templates(make_tokenizer):
     tokenizer = make_tokenizer(bos="<s>", eos="</s>")
     body = "{{ bos_token }}{{ tools is none }}{{ {'a': '<é'} | tojson }}{{ strftime_now('%Y') | length }}"
-    rest = "{% for m in messages %}{% if m.content == 'skip' %}{% continue %}{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    rest = "{% for m in messages %}{% if m.content == 'skip' %}{% continue %}{% endif %}{{ m.content }}{{ eos_token }}"
+    rest += "{% endfor %}"
     template = get_template(body + rest, tokenizer)
     assert text(template.segments(said("skip", "x"))) == '<s>True{"a": "<é"}4x</s>'
     with pytest.raises(TemplateError, match="f:1: chat template: TemplateError: roles must alternate"):

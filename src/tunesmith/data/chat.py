@@ -90,9 +90,9 @@ class ChatTemplate(Template):
             upto = parts.pop(0) if i < len(turns) - 1 else text
             if not upto.startswith(before) or not text.startswith(upto.rstrip()):
                 raise TemplateError(
-                    f"{row.source}: this chat template renders the conversation before answer {i} in another way once the "
-                    'answer or later messages follow, so where the answer begins is not known; mark it "loss": false, add '
-                    "{% generation %} blocks, or use data.template=alpaca"
+                    f"{row.source}: this chat template renders what comes before answer {i} in another way once the "
+                    "answer or later messages follow, so where the answer begins is not known; mark it "
+                    '"loss": false, add {% generation %} blocks, or use data.template=alpaca'
                 )
             spans.append((len(before), min(len(upto), len(text))))
         return text, spans
