@@ -1,6 +1,7 @@
 # make demo   an environment, the model and the data if needed, then: accuracy before, LoRA, accuracy after, verify
 # make test   ruff, mypy and every test
-# Nothing but Python 3.11 to 3.13 is needed. To install another build of torch: make TORCH=path/to/torch.whl ...
+# Nothing but Python 3.11 to 3.13 is needed. On Linux, torch's usual build brings CUDA along (3 GB); for the small build
+# for CPUs let pip's own configuration name it, or: make TORCH=path/to/torch.whl demo
 PYTHON ?= python3
 TORCH ?= $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 DEMO_ARGS ?=
@@ -35,6 +36,7 @@ $(PY):
 
 # torch goes first and by itself: a build that pip's own configuration names (a CPU wheel, a mirror) is then taken as it is.
 $(USED): | $(PY)
+	@echo 'Installing torch and what else is needed into $(VENV): once, a few minutes'
 	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt '$(TORCH)'
 	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e .
 	@touch $@
