@@ -301,6 +301,15 @@ def test_the_limits_are_the_kernels():
         sandbox.close()
 
 
+def test_the_second_is_of_cpu_time_and_the_kernel_counts_it(monkeypatch):
+    """Also where the parent's own clock is far away."""
+    monkeypatch.setattr("tunesmith.data.sandbox.WALL_SECONDS", 40.0)
+    start = time.monotonic()
+    with pytest.raises(TemplateError, match="took more than 1 s"):
+        SHARED.render(Program(HOSTILE[1]), [{}])
+    assert time.monotonic() - start < 30
+
+
 def test_a_large_conversation_is_not_mistaken_for_an_attack(tokenizer):
     template = get_template("chat", tokenizer)
     long = "word " * 600_000  # 3 MB
