@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers
 
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.llama import Llama
+from tunesmith.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass
@@ -93,3 +97,36 @@ class ByteStreamer:
 def byte_tokenizer() -> ByteTokenizer:
     """See ByteTokenizer."""
     return ByteTokenizer()
+
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A real tokenizer whose tokens are single bytes, with the special tokens of a chat model."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    made.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": CHATML}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(folder)
+
+
+@pytest.fixture
+def chat_model(chat_tokenizer: Tokenizer) -> Llama:
+    """A random model over that tokenizer's vocabulary that says lower-case letters and spaces only, and never ends."""
+    model = make_twins(seed=4, scale=1.5, vocab=258, max_position_embeddings=1024).ours
+    said = torch.zeros(258, dtype=torch.bool)
+    said[chat_tokenizer.encode("abcdefghijklmnopqrstuvwxyz ")] = True
+    run = model.logits
+    model.logits = lambda hidden, ctx: run(hidden, ctx).masked_fill(~said, -torch.inf)  # type: ignore[method-assign]
+    return model

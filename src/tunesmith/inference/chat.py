@@ -39,7 +39,7 @@ def run_chat(
 ) -> None:
     """Talk until Ctrl-D, the end of the input, or /exit. Answers go to stdout, everything else to stderr.
 
-    `adapter` acts at first (None: the bare base); `template` is the base's, `templates` those of adapters with their own.
+    `adapter` acts at first (None: the bare base); `template` is the base's, `templates` those of its adapters.
     `interactive` (default: is stdin a terminal?) prints a prompt and lets the line be edited. Ctrl-C stops the
     answer, not the program. An error is said in one line and the talk goes on; from piped input it ends the program.
     """

@@ -22,10 +22,12 @@ from tunesmith.data.sources import READERS
 from tunesmith.errors import DataError, did_you_mean
 
 # A row that only asks: the key that tells its schema, and a stand-in for the answer, which no prompt shows.
-ANSWERS: dict[str, dict[str, Any]] = {
-    "instruction": {"output": "-"},
-    "prompt": {"completion": "-"},
-    "question": {"answer": 0},
+ANSWERS: dict[tuple[str, ...], dict[str, Any]] = {
+    ("instruction", "context"): {"response": "-"},
+    ("instruction", "response"): {"response": "-", "context": ""},
+    ("instruction",): {"output": "-"},
+    ("prompt",): {"completion": "-"},
+    ("question",): {"answer": 0},
 }
 
 
@@ -80,12 +82,10 @@ def _row(raw: object, source: str) -> Row:
         messages = raw.get("messages")
         if isinstance(messages, list) and messages and _role(messages[-1]) == "user":
             return chat_row(messages, source)
-        if "text" in raw and not any(key in raw for key in (*ANSWERS, "label")):
+        if "text" in raw and not any(key in raw for key in ("label", *(keys[0] for keys in ANSWERS))):
             return prompt_row(_text(raw["text"], source), source=source)
-        for key, answer in ANSWERS.items():
-            if key in raw:
-                raw = {**answer, **{k: v for k, v in raw.items() if k not in answer or v not in (None, "")}}
-                break
+        answer = next((answer for keys, answer in ANSWERS.items() if all(key in raw for key in keys)), {})
+        raw = {**answer, **{key: value for key, value in raw.items() if key not in answer or value not in (None, "")}}
     return read_row(raw, source, recognise(raw, source))
 
 

@@ -47,7 +47,9 @@ class Cache:
         """Prepare for one forward over `layout`; returns the positions of its tokens. Raises GenerationError on a misfit."""
         if any(self.lengths):
             if len(layout.lengths) != self.batch or any(p >= 0 for p in layout.parents):
-                raise GenerationError(f"cache: {self.batch} sequences cannot be continued by {len(layout.lengths)} segments")
+                raise GenerationError(
+                    f"cache: {self.batch} sequences cannot be continued by {len(layout.lengths)} segments"
+                )
             self._new = [np.arange(s, s + n) for s, n in zip(layout.starts, layout.lengths, strict=True)]
             shift = np.repeat(self.lengths, layout.lengths)
         else:
@@ -85,8 +87,9 @@ class Cache:
     def keep(self, rows: Sequence[int]) -> None:
         """Continue with these sequences only, in this order; one may be named several times (beams)."""
         index = torch.tensor(list(rows), device=self.keys[0].device)
-        self.keys = [t.index_select(0, index) for t in self.keys]
-        self.values = [t.index_select(0, index) for t in self.values]
+        for store in (self.keys, self.values):
+            for layer, held in enumerate(store):  # one layer at a time: no second cache while copying
+                store[layer] = held.index_select(0, index)
         self.lengths = [self.lengths[row] for row in rows]
 
     def truncate(self, row: int, length: int) -> None:
