@@ -37,12 +37,12 @@ $(PY):
 # torch goes first and by itself: a build that pip's own configuration names (a CPU wheel, a mirror) is then taken as it is.
 $(USED): | $(PY)
 	@echo 'Installing torch and what else is needed into $(VENV): once, a few minutes'
-	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt '$(TORCH)'
-	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e .
+	$(PY) -m pip install --disable-pip-version-check -qq -c constraints.txt '$(TORCH)'
+	$(PY) -m pip install --disable-pip-version-check -qq -c constraints.txt -e .
 	@touch $@
 
 $(TESTED): $(USED)
-	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[test]'
+	$(PY) -m pip install --disable-pip-version-check -qq -c constraints.txt -e '.[test]'
 	@touch $@
 
 clean:
