@@ -1,0 +1,128 @@
+"""The probe: what the live model computed at the end of training, kept to hold a fresh load of the saved files against.
+
+verify_probe.safetensors   tokens, lengths, positions; live (places, vocabulary); base likewise where it can be had
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tunesmith import __version__
+from tunesmith.errors import AdapterError
+from tunesmith.files import atomic_save_safetensors
+from tunesmith.inference.generate import evaluation_mode
+from tunesmith.model.config import ModelConfig
+from tunesmith.model.layout import Layout
+from tunesmith.model.llama import Llama
+from tunesmith.tokenizer import Tokenizer
+from tunesmith.tokenizer.base import GOLDEN
+
+PROBE = "verify_probe.safetensors"
+MAX_ROWS, MAX_TOKENS, PLACES = 8, 256, 8  # rows, tokens of a row, places of a row whose logits are kept
+
+
+@dataclass(frozen=True)
+class Probe:
+    """`tokens` of rows of `lengths` end to end; `positions` index them; `live` and `base` are logits there, or None.
+
+    `made` says with what they were made: dtype, device, threads, versions.
+    """
+
+    tokens: Tensor
+    lengths: tuple[int, ...]
+    positions: Tensor
+    live: Tensor | None = None
+    base: Tensor | None = None
+    made: Mapping[str, str] | None = None
+
+
+def write_probe(
+    folder: Path, model: Llama, rows: Sequence[Sequence[int]], adapters: tuple[str, ...] | None = None
+) -> None:
+    """Record in `folder` (the run's) what `model` computes for the first `rows` of token ids, with adapters and without.
+
+    Each row is cut to MAX_TOKENS; logits are kept at PLACES places of each. Raises AdapterError where no row has any.
+    """
+    probe = make_probe(rows)
+    live = logits_at(model, probe, adapters)
+    tensors = {
+        "tokens": probe.tokens,
+        "positions": probe.positions,
+        "lengths": torch.tensor(probe.lengths),
+        "live": live,
+    }
+    base = logits_at(model, probe, ())
+    if not torch.equal(base, live):  # equal: the method trained the base itself, which is gone (or it changes nothing)
+        tensors["base"] = base
+    atomic_save_safetensors(Path(folder) / PROBE, tensors, made_with(model))
+
+
+def make_probe(rows: Sequence[Sequence[int]]) -> Probe:
+    """Rows of token ids as a probe without logits. Raises AdapterError where no row has tokens."""
+    cut = [list(row[:MAX_TOKENS]) for row in rows if len(row)][:MAX_ROWS]
+    if not cut:
+        raise AdapterError("verification needs at least one row of tokens to compare logits on; give it data")
+    starts, start = [], 0
+    for row in cut:
+        places = torch.linspace(len(row) - 1, 0, min(PLACES, len(row))).round().long()
+        starts.append(start + places)
+        start += len(row)
+    tokens = torch.tensor([token for row in cut for token in row])
+    return Probe(tokens, tuple(len(row) for row in cut), torch.cat(starts))
+
+
+def built_in_rows(tokenizer: Tokenizer | None, config: ModelConfig) -> list[list[int]]:
+    """Rows where there is no data: the tokenizer's golden texts, and ids spread over the vocabulary."""
+    rows = [tokenizer.encode(text) for text in GOLDEN] if tokenizer else []
+    rows.append([(1 + 7919 * i) % config.vocab_size for i in range(48)])
+    return [row for row in rows if row and max(row) < config.vocab_size]
+
+
+def read_probe(path: Path) -> Probe:
+    """Read what `write_probe` wrote. Raises AdapterError for a missing or damaged file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            made = file.metadata() or {}
+        lengths = tuple(int(n) for n in tensors["lengths"])
+        probe = Probe(tensors["tokens"], lengths, tensors["positions"], tensors["live"], tensors.get("base"), made)
+        if sum(lengths) != probe.tokens.numel() or probe.positions.max() >= probe.tokens.numel():
+            raise ValueError("its lengths do not add up")
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise AdapterError(
+            f"{path}: no usable probe ({str(error)[:80]}); run the training again, or verify the adapter folder alone"
+        ) from None
+    return probe
+
+
+@torch.no_grad()
+def logits_at(model: Llama, probe: Probe, adapters: tuple[str, ...] | None) -> Tensor:
+    """Logits (places, vocabulary), on the CPU, that `model` computes at the probe's places with these adapters."""
+    if int(probe.tokens.max()) >= model.config.vocab_size:
+        raise AdapterError(
+            f"the probe holds token {int(probe.tokens.max())}, this base has {model.config.vocab_size}: another model"
+        )
+    with evaluation_mode(model):
+        ctx = model.context(Layout.of(probe.lengths, device=model.device), adapters=adapters)
+        hidden = model.run(probe.tokens.to(model.device), ctx)
+        return model.logits(hidden[probe.positions.to(model.device)], ctx).cpu()
+
+
+def made_with(model: Llama) -> dict[str, str]:
+    """What decides the last bits of a result: dtype, device, threads, machine, versions."""
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "threads": str(torch.get_num_threads()),
+        "machine": f"{platform.machine()} {platform.node()}",
+        "torch": torch.__version__,
+        "tunesmith": __version__,
+    }

@@ -1,0 +1,105 @@
+"""Load base and adapter afresh and compute the probe's logits: `python -m tunesmith.export.replay FOLDER` in a child.
+
+FOLDER/request.json says what to load, FOLDER/probe.safetensors holds the probe; the child writes answer.safetensors or
+error.json there. A fresh process cannot lean on anything that the live model left in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tunesmith.adapters.peft_format import load_adapter
+from tunesmith.errors import TunesmithError, VerificationError
+from tunesmith.export.probe import Probe, logits_at, read_probe
+from tunesmith.files import atomic_save_safetensors, atomic_write_json
+from tunesmith.model.load import load_model
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to load: the base model's files, the adapter folder, in which dtype, where, with how many threads."""
+
+    base: str
+    adapter: str
+    dtype: str
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Logits (places, vocabulary) of the bare base and with the adapter."""
+
+    base: Tensor
+    adapted: Tensor
+
+
+def replay(request: Request, probe: Probe) -> Answer:
+    """Load the base, compute; load the adapter, compute again. Raises TunesmithError for what does not load."""
+    dtype = getattr(torch, request.dtype)
+    model = load_model(Path(request.base), dtype=dtype, device=request.device)
+    bare = logits_at(model, probe, ())
+    load_adapter(Path(request.adapter), model)
+    return Answer(bare, logits_at(model, probe, None))
+
+
+def replay_in_child(request: Request, probe: Probe) -> Answer:
+    """`replay` in a new Python process. Raises VerificationError with the child's own one-line error."""
+    with tempfile.TemporaryDirectory(prefix="tunesmith-verify-") as name:
+        folder = Path(name)
+        atomic_write_json(folder / "request.json", asdict(request))
+        live = torch.zeros(1) if probe.live is None else probe.live
+        tensors = {"tokens": probe.tokens, "positions": probe.positions, "lengths": torch.tensor(probe.lengths)}
+        atomic_save_safetensors(folder / "probe.safetensors", {**tensors, "live": live})
+        child = subprocess.run(
+            [sys.executable, "-P", "-m", "tunesmith.export.replay", name],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [_root(), os.environ.get("PYTHONPATH")]))},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if (folder / "error.json").is_file():
+            raise VerificationError(json.loads((folder / "error.json").read_text(encoding="utf-8"))["message"])
+        if child.returncode or not (folder / "answer.safetensors").is_file():
+            last = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            raise VerificationError(
+                f"the fresh process ended with status {child.returncode} ({last[:200]}); if memory ran out, free some "
+                "and run tunesmith verify again"
+            )
+        from safetensors.torch import load
+
+        answer = load((folder / "answer.safetensors").read_bytes())
+        return Answer(answer["base"], answer["adapted"])
+
+
+def main(folder: Path) -> None:
+    """The child: answer the request that lies in `folder`."""
+    request = Request(**json.loads((folder / "request.json").read_text(encoding="utf-8")))
+    torch.set_num_threads(max(1, min(request.threads, os.cpu_count() or 1)))
+    try:
+        answer = replay(request, read_probe(folder / "probe.safetensors"))
+    except TunesmithError as error:
+        atomic_write_json(folder / "error.json", {"message": str(error)})
+        return
+    atomic_save_safetensors(folder / "answer.safetensors", {"base": answer.base, "adapted": answer.adapted})
+
+
+def _root() -> str:
+    """The folder that this package was imported from, so that the child imports the same one."""
+    return str(Path(__file__).parents[2])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

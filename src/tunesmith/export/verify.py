@@ -1,0 +1,166 @@
+"""Verify that what was saved does what was trained.
+
+gather the evidence: files, base, tokenizer, a fresh process that loads base and adapter and computes the probe's rows
+hold it against CHECKS, a table of small functions -> VerifyReport -> RUN/verify.json
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from tunesmith import __version__
+from tunesmith.adapters.peft_config import read_tensors
+from tunesmith.adapters.peft_format import read_info
+from tunesmith.config.source import read as read_yaml
+from tunesmith.data.catalog import resolve_model
+from tunesmith.errors import AdapterError, TunesmithError, VerificationError
+from tunesmith.export.checks import CHECKS, Check, Evidence
+from tunesmith.export.probe import PROBE, Probe, built_in_rows, make_probe, read_probe, write_probe
+from tunesmith.export.replay import Request, replay, replay_in_child
+from tunesmith.files import atomic_write_json
+from tunesmith.model.load import load_config, model_identity
+from tunesmith.tokenizer import load_tokenizer
+
+__all__ = ["Check", "VerifyReport", "verify_adapter", "verify_path", "verify_run", "write_probe"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was checked about an adapter, with which versions, and when (UTC)."""
+
+    folder: Path
+    checks: tuple[Check, ...]
+    versions: Mapping[str, str]
+    when: str
+
+    @property
+    def passed(self) -> bool:
+        """Did every check hold?"""
+        return all(check.ok for check in self.checks)
+
+    def first_failure(self) -> str:
+        """The first check that failed, what was seen and what to do, in one line; empty where all held."""
+        failed = next((check for check in self.checks if not check.ok), None)
+        return f"{failed.name}: {failed.detail}; {failed.cure}" if failed else ""
+
+    def raise_if_failed(self) -> None:
+        """Raise VerificationError with the first failure."""
+        if not self.passed:
+            raise VerificationError(f"{self.folder}: {self.first_failure()}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON: {"ok", "checks": [{"name", "ok", "detail", "cure"}], "versions", "when"}."""
+        checks = [asdict(check) for check in self.checks]
+        return {"ok": self.passed, "checks": checks, "versions": dict(self.versions), "when": self.when}
+
+
+def verify_run(run: Path, *, base: str | Path | None = None, fresh: bool = True) -> VerifyReport:
+    """Verify RUN/adapter against RUN/verify_probe.safetensors and write RUN/verify.json.
+
+    `base` is the base model's folder, file or name; without it, the one that the run's configuration names. `fresh=False`
+    loads in this process instead of a new one. Raises AdapterError for a folder that is no run, CatalogError for a base
+    that cannot be found; what fails a check is in the report.
+    """
+    run = Path(run)
+    adapter = run / "adapter"
+    if not adapter.is_dir():
+        raise AdapterError(
+            f"{run}: holds no adapter/ folder: not a finished run; go on with tunesmith train --resume {run}"
+        )
+    settings = read_yaml(run / "config.yaml").get("model", {}) if (run / "config.yaml").is_file() else {}
+    if base is None:
+        found = _resolve(settings.get("path") or read_info(adapter).base, settings.get("revision"), run)
+    else:
+        found = resolve_model(base)
+    report = _verify(run, adapter, found, _try(lambda: read_probe(run / PROBE)), fresh, settings.get("dtype"))
+    atomic_write_json(run / "verify.json", report.to_dict())
+    return report
+
+
+def verify_adapter(folder: Path, base: str | Path | None = None, *, fresh: bool = True) -> VerifyReport:
+    """Verify any adapter folder, of ours or of PEFT, with its base (without one: the one that the folder names).
+
+    There is nothing to compare logits with, so they are only required to be finite and to differ from the base's on
+    built-in rows. Raises AdapterError, CatalogError.
+    """
+    folder = Path(folder)
+    found = _resolve(read_info(folder).base, None, folder) if base is None else resolve_model(base)
+    return _verify(folder, folder, found, (None, None), fresh, None)
+
+
+def verify_path(path: Path, base: str | Path | None = None, *, fresh: bool = True) -> VerifyReport:
+    """Verify a run folder or an adapter folder, whichever `path` is; `base` may be a name of the catalog."""
+    path = Path(path)
+    if (path / "adapter").is_dir() or (path / "config.yaml").is_file():
+        return verify_run(path, base=base, fresh=fresh)
+    return verify_adapter(path, base, fresh=fresh)
+
+
+def _verify(
+    subject: Path, adapter: Path, base: Path, recorded: tuple[Probe | None, str | None], fresh: bool, dtype: Any
+) -> VerifyReport:
+    probe, no_probe = recorded
+    info, no_info = _try(lambda: read_info(adapter))
+    tensors, no_tensors = _try(lambda: read_tensors(info.weights)) if info else (None, no_info)
+    identity, no_base = _try(lambda: model_identity(base))
+    tokenizer, no_tokenizer = _try(lambda: load_tokenizer(base))
+    config, _ = _try(lambda: load_config(base))
+    rows = probe or (make_probe(built_in_rows(tokenizer, config)) if config else None)
+    answer, not_loaded = None, no_info or no_base
+    if info is not None and identity is not None and rows is not None:
+        request = _request(base, adapter, probe, dtype)
+        answer, not_loaded = _try(lambda: (replay_in_child if fresh else replay)(request, rows))
+    evidence = Evidence(
+        adapter=adapter,
+        base=base,
+        info=info,
+        tensors=tensors,
+        tensors_error=no_tensors,
+        identity=identity,
+        identity_error=no_base,
+        config=config,
+        tokenizer=tokenizer,
+        tokenizer_error=no_tokenizer,
+        probe=probe,
+        probe_error=no_probe,
+        answer=answer,
+        answer_error=not_loaded,
+        fresh=fresh,
+        run_dtype=dtype if isinstance(dtype, str) else None,
+    )
+    checks = tuple(check for make in CHECKS if (check := make(evidence)) is not None)
+    versions = {"tunesmith": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return VerifyReport(subject, checks, versions, datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def _request(base: Path, adapter: Path, probe: Probe | None, dtype: Any) -> Request:
+    """Load as the live model was: its dtype, device and threads."""
+    made = probe.made if probe and probe.made else {}
+    device = made.get("device", "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        device = "cpu"
+    threads = int(made.get("threads", torch.get_num_threads()))
+    return Request(str(base), str(adapter), made.get("dtype", "float32"), device, threads)
+
+
+def _try(work: Callable[[], T]) -> tuple[T | None, str | None]:
+    """The result of `work`, or the one line it failed with."""
+    try:
+        return work(), None
+    except TunesmithError as error:
+        return None, str(error)
+
+
+def _resolve(named: Any, revision: Any, where: Path) -> Path:
+    if not isinstance(named, str) or not named:
+        raise AdapterError(f"{where}: does not name its base model; give it with --base")
+    return resolve_model(named, revision=revision if isinstance(revision, str) else None)
