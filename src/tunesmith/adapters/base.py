@@ -143,7 +143,7 @@ class Adapter:
 
 
 def install(model: Llama, method: Method, settings: Any, name: str, seed: int) -> Adapter:
-    """Attach `method` under `name`: place its deltas, unfreeze what it trains. Raises AdapterError, changing nothing then."""
+    """Attach `method` under `name`: place its deltas, unfreeze what it trains. An AdapterError changes nothing."""
     if not name.isidentifier() or hasattr(Seam, name):
         raise AdapterError(f"adapter name {name!r}: use letters, digits and _, and no word of Python's dictionaries")
     if any(name in module for module in model.modules() if isinstance(module, Seam)):
@@ -167,7 +167,8 @@ def install(model: Llama, method: Method, settings: Any, name: str, seed: int) -
         seams[place][name] = delta
         adapter.deltas[place] = delta
     for key, parameter in base.items():
-        adapter.base[key] = parameter.requires_grad_(True)
+        parameter.requires_grad_(True)
+        adapter.base[key] = parameter
     return adapter
 
 

@@ -2,8 +2,8 @@
 
     y + s B A x,    s = alpha / rank   (rsLoRA: alpha / sqrt(rank)),    A: (rank, in), B: (out, rank)
 
-A starts kaiming-uniform(sqrt 5), B at zero, so the model starts as it was. PiSSA starts at the principal singular vectors of
-W instead; W stays and the start is subtracted, y + s (B A - B0 A0) x, which is a LoRA of rank 2r when exported.
+A starts kaiming-uniform(sqrt 5), B at zero, so the model starts as it was. PiSSA starts at the principal singular
+vectors of W instead; W stays and the start is subtracted, y + s (B A - B0 A0) x, which is a LoRA of rank 2r when exported.
 """
 
 from __future__ import annotations
@@ -60,6 +60,9 @@ class LoRASettings:
 
 class LoRADelta(Delta):
     """y + s B A dropout(x) on one Linear; `start` subtracts PiSSA's initial B0 A0."""
+
+    A0: Tensor | None
+    B0: Tensor | None
 
     def __init__(self, A: Tensor, B: Tensor, scale: float, dropout: float, start: tuple[Tensor, Tensor] | None) -> None:
         super().__init__()

@@ -57,7 +57,8 @@ def _attend_flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | 
 
     mask = create_block_mask(visible, None, None, len(position), len(position), device=q.device)
     kernel = torch.compile(flex_attention, dynamic=True) if q.is_cuda else flex_attention
-    out = kernel(*(t.transpose(0, 1)[None] for t in (q, k, v)), block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    heads, keys, values = (t.transpose(0, 1)[None] for t in (q, k, v))
+    out = kernel(heads, keys, values, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)
 
 
