@@ -1,4 +1,4 @@
-"""Adapter folders: what PEFT writes computes the same here, what we write computes the same there, and faults are named.
+"""Adapter folders: what PEFT writes computes the same here, and what we write there; faults are named.
 
 PEFT and transformers are the independent reference; logits agree to 1e-5 of the largest, tensors bit for bit.
 """
@@ -227,7 +227,7 @@ def change_first(change):
 
 
 def filtered_twice(tensors):
-    """What get_peft_model_state_dict makes of a state dict that it has been through before, with the name in the filter."""
+    """What get_peft_model_state_dict makes of a state dict that it has been through before: nothing."""
     return {key: value for key, value in tensors.items() if ".default." in key}
 
 

@@ -75,9 +75,9 @@ def refuse_pickle(folder: Path) -> None:
         if (folder / name).is_file():
             raise AdapterError(
                 f"{folder / name}: a pickle, which can run code when opened, is not read; convert it "
-                'where you trust it, in its folder: python -c "import torch, safetensors.torch as s; s.save_file('
-                f"{{k: v.contiguous() for k, v in torch.load('{name}', map_location='cpu', weights_only=True).items()}}, "
-                "'adapter_model.safetensors')\""
+                'where you trust it, in its folder: python -c "import torch, safetensors.torch as s; '
+                "s.save_file({k: v.contiguous() for k, v in "
+                f"torch.load('{name}', map_location='cpu', weights_only=True).items()}}, 'adapter_model.safetensors')\""
             )
 
 

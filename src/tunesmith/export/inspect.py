@@ -1,4 +1,7 @@
-"""Say what a run, adapter or model folder holds, from JSON files and safetensors headers: no weight is loaded."""
+"""Say what a run, adapter or model folder holds, from JSON files and safetensors headers; no model is loaded.
+
+Of the weights, only an adapter's own are read, for how far each layer was moved.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
         return {"kind": "safetensors file", "path": str(path), **_tensors([path])}
     if not path.is_dir():
         raise ModelError(f"{path}: no such folder; give a run, an adapter or a model folder, or a .safetensors file")
-    if (path / "adapter_config.json").is_file():
+    if (path / "adapter_config.json").is_file() or (path / "tunesmith.json").is_file():
         return _adapter(path)
     if (path / "config.yaml").is_file() or (path / "adapter").is_dir():
         return _run(path)
@@ -42,16 +45,78 @@ def _run(path: Path) -> dict[str, Any]:
     report["checkpoints"] = sorted(folder.name for folder in path.glob("checkpoint-*") if folder.is_dir())
     if (path / "verify.json").is_file():
         report["verified"] = _json(path / "verify.json", AdapterError).get("ok")
-    if (path / "adapter" / "adapter_config.json").is_file():
+    if (path / "adapter").is_dir():
         report["saved_adapter"] = _adapter(path / "adapter")
     return report
 
 
 def _adapter(path: Path) -> dict[str, Any]:
-    config = _json(path / "adapter_config.json", AdapterError)
-    shown = {key: value for key, value in config.items() if value not in (None, {}, [], "", False)}
+    peft, native = path / "adapter_config.json", path / "tunesmith.json"
+    config = _json(peft, AdapterError) if peft.is_file() else {}
+    own = _json(native, AdapterError) if native.is_file() else {}
     files = sorted(path.glob("*.safetensors"))
-    return {"kind": "adapter", "path": str(path), "config": shown, **_tensors(files)}
+    report: dict[str, Any] = {
+        "kind": "adapter",
+        "path": str(path),
+        "method": own.get("kind") or config.get("peft_type"),
+    }
+    report["needs"] = _needs(config, own)
+    report["config"] = _shown(config)
+    if own:
+        report["settings"] = _shown(own.get("settings"))
+        report["notes"] = _shown(own.get("notes"))
+    report |= _tensors(files)
+    norms = _norms(config, files)
+    return report | ({"delta_norms": norms} if norms else {})
+
+
+def _shown(values: Any) -> dict[str, Any]:
+    """The entries that say something."""
+    items = values.items() if isinstance(values, dict) else ()
+    return {key: value for key, value in items if value not in (None, {}, [], "", False)}
+
+
+def _needs(config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What the adapter cannot do without: base, template, tokenizer; absent where it does not say."""
+
+    def part(*keys: str) -> Any:
+        value: Any = own
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    base = config.get("base_model_name_or_path") or part("base", "name")
+    found = {"base": base, "base_sha256": part("base", "identity", "sha256")}
+    found |= {"template": part("template", "name"), "tokenizer_sha256": part("tokenizer", "sha256")}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _norms(config: dict[str, Any], files: list[Path]) -> dict[str, float]:
+    """How far a LoRA moves the weights of each layer: the norm of s B A over all of its modules.
+
+    |B A|^2 = trace((B^T B) (A A^T)), so that no full matrix is formed. Empty where the files are not plain LoRA.
+    """
+    from tunesmith.adapters.peft_config import number, patterns, plain_keys, read_tensors
+    from tunesmith.adapters.targets import by_pattern, layer_of
+
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or not files:
+        return {}
+    where = str(files[0].with_name("adapter_config.json"))
+    alphas = patterns(config, "alpha_pattern", where)
+    named = {key: tensor.double() for key, (_, tensor) in plain_keys(read_tensors(files[0]), str(files[0])).items()}
+    squares: dict[str, float] = {}
+    for key, A in named.items():
+        path = key.removesuffix(".lora_A.weight")
+        B = named.get(f"{path}.lora_B.weight")
+        if path == key or B is None or A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1]:
+            continue
+        key = by_pattern({pattern: pattern for pattern in alphas}, path, "")
+        alpha = number(alphas, key, where, 8) if key else number(config, "lora_alpha", where, 8)
+        scale = alpha / (math.sqrt(len(A)) if config.get("use_rslora") else len(A))
+        layer = layer_of(path)
+        name = path if layer is None else f"layer {layer}"
+        squares[name] = squares.get(name, 0.0) + scale**2 * float(((B.T @ B) * (A @ A.T)).sum())
+    return {name: round(math.sqrt(max(value, 0.0)), 6) for name, value in squares.items()}
 
 
 def _model(path: Path) -> dict[str, Any]:

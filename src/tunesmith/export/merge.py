@@ -1,6 +1,6 @@
 """Fold an adapter into its base and write a Hugging Face folder, measured before it is kept:
 
-    W + D in float32 or wider -> round to the output dtype -> write -> load again -> compare with base + adapter -> keep or refuse
+    W + D in float64 -> round to the output dtype -> write -> load again -> compare with base + adapter -> keep or not
 
 Rounding can swallow a small delta whole (bfloat16 keeps 8 bits), so every layer reports what of its D survived.
 """
@@ -158,8 +158,7 @@ def _folded(model: Llama, adapter: Adapter) -> Iterator[tuple[str, Tensor | None
             raise CannotMerge(
                 f"{place}: {adapter.kind} acts where there is no weight: keep the adapter beside its base"
             )
-        # float64 where it costs nothing: W + D - W must give D back
-        wide = weight.detach().double()
+        wide = weight.detach().double()  # so that W + D - W gives D back
         new, shift = delta.fold(wide, None if bias is None else bias.detach().double())
         if shift is not None and bias is None:
             raise CannotMerge(f"{path}: {adapter.kind} adds a bias, which a {model.config.model_type} model has not")
@@ -187,8 +186,10 @@ def _output_dtype(model: Llama, name: str) -> torch.dtype:
         return DTYPES[name]
     if name != "auto":
         raise ConfigError(f"--dtype: {name!r} is not known; use auto, {', '.join(DTYPES)}")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    own = [parameters[key] for key in model.config.weight_shapes()]
     for dtype in (torch.bfloat16, torch.float16):
-        if all(torch.equal(p.to(dtype).to(p.dtype), p) for p in model.parameters() if not p.requires_grad):
+        if all(torch.equal(p.to(dtype).to(p.dtype), p) for p in own):
             return dtype
     return torch.float32
 

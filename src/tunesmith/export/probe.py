@@ -45,7 +45,7 @@ class Probe:
 def write_probe(
     folder: Path, model: Llama, rows: Sequence[Sequence[int]], adapters: tuple[str, ...] | None = None
 ) -> None:
-    """Record in `folder` (the run's) what `model` computes for the first `rows` of token ids, with adapters and without.
+    """Record in `folder` (the run's) what `model` computes for the first `rows` of ids, with adapters and without.
 
     Each row is cut to MAX_TOKENS; logits are kept at PLACES places of each. Raises AdapterError where no row has any.
     """

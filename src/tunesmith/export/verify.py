@@ -66,9 +66,9 @@ class VerifyReport:
 def verify_run(run: Path, *, base: str | Path | None = None, fresh: bool = True) -> VerifyReport:
     """Verify RUN/adapter against RUN/verify_probe.safetensors and write RUN/verify.json.
 
-    `base` is the base model's folder, file or name; without it, the one that the run's configuration names. `fresh=False`
-    loads in this process instead of a new one. Raises AdapterError for a folder that is no run, CatalogError for a base
-    that cannot be found; what fails a check is in the report.
+    `base` is the base model's folder, file or name; without it, the one that the run's configuration names.
+    `fresh=False` loads in this process instead of a new one. Raises AdapterError for a folder that is no run,
+    CatalogError for a base that cannot be found; what fails a check is in the report.
     """
     run = Path(run)
     adapter = run / "adapter"
