@@ -48,12 +48,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def reference(family: str, dtype: torch.dtype = torch.float32) -> Any:
+def reference(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """transformers' model of this family with random weights, norms and biases included."""
     import transformers
 
     kind, settings = FAMILIES[family]
-    config = getattr(transformers, f"{kind}Config")(**_SIZES | settings)
+    config = getattr(transformers, f"{kind}Config")(**_SIZES | settings | changes)
     torch.manual_seed(7)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype)
     with torch.no_grad():
@@ -103,7 +103,9 @@ def write_gguf(
     if rope["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", _llama3_factors(rope, head_dim))
     for key, value in (extra or {}).items():
-        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+        natural = type(value) is int and value >= 0  # llama.cpp reads ids and sizes as unsigned only
+        kind = gguf.GGUFValueType.UINT32 if natural else gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(key, value, kind)
     worth = {
         name: _add(writer, name, tensor, config, arch, quant)
         for name, tensor in model.state_dict().items()

@@ -26,7 +26,6 @@ GOLDEN = (
 class Engine(Protocol):
     """What a tokenizer library must do. `specials` are the tokens that text from a user can never become."""
 
-    kind: str
     specials: dict[str, int]
 
     def encode(self, text: str, special: bool, continuation: bool) -> list[int]:
@@ -46,6 +45,9 @@ class Engine(Protocol):
 
     def files(self) -> dict[str, bytes]:
         """The files, by name, that `load_tokenizer` would read it from again."""
+
+    def settings(self) -> dict[str, Any]:
+        """The keys of tokenizer_config.json that it needs beside its files."""
 
     def content(self) -> bytes:
         """Everything that decides its ids, in an order of its own: what the fingerprint is taken of."""
@@ -171,7 +173,6 @@ class Tokenizer:
         }
         config: dict[str, Any] = {role: None if index is None else self.token(index) for role, index in names.items()}
         config |= {
-            "tokenizer_class": "LlamaTokenizer" if self._engine.kind == "sentencepiece" else "PreTrainedTokenizerFast",
             "add_bos_token": self.add_bos,
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
@@ -181,8 +182,7 @@ class Tokenizer:
                 for token, index in sorted(self.special_tokens.items(), key=lambda item: item[1])
             },
         }
-        if self._engine.kind == "sentencepiece":
-            config["legacy"] = True
+        config |= self._engine.settings()
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         atomic_write_json(folder / "tokenizer_config.json", config)

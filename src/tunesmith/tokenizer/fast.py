@@ -33,8 +33,6 @@ class FastEngine:
     caller would change it for another thread. So each setting has an object of its own.
     """
 
-    kind = "tokenizers"
-
     def __init__(self, tokenizer: tokenizers.Tokenizer, where: str) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -51,7 +49,7 @@ class FastEngine:
     def parse(
         cls, text: str, where: str, extra: Sequence[tuple[int, str, bool]] = (), named: Sequence[str] = ()
     ) -> FastEngine:
-        """Build from tokenizer.json's text; `extra` tokens (id, content, special) are added, `named` ones made special."""
+        """Build from tokenizer.json's text; `extra` tokens (id, content, special) are added, `named` made special."""
         tokenizer = guarded(where, lambda: tokenizers.Tokenizer.from_str(text))
         for index, content, special in sorted(extra):
             if tokenizer.token_to_id(content) is None:
@@ -91,6 +89,10 @@ class FastEngine:
     def files(self) -> dict[str, bytes]:
         """tokenizer.json."""
         return {"tokenizer.json": self._text().encode()}
+
+    def settings(self) -> dict[str, Any]:
+        """transformers' class for any tokenizer.json."""
+        return {"tokenizer_class": "PreTrainedTokenizerFast"}
 
     def content(self) -> bytes:
         """tokenizer.json with sorted keys."""

@@ -42,15 +42,11 @@ def check_fits(tokenizer: Tokenizer, config: ModelConfig) -> None:
     for role, index in roles:
         if index is not None:
             _check_special(tokenizer, role, index)
-    if (
-        tokenizer.bos_id is not None
-        and tokenizer.bos_id != tokenizer.eos_id
-        and tokenizer.bos_id in config.eos_token_ids
-    ):
+    bos = tokenizer.bos_id
+    if bos is not None and bos != tokenizer.eos_id and bos in config.eos_token_ids:
         raise TokenizerError(
-            f"{where}: the model's config ends texts with {tokenizer.bos_id} ({tokenizer.token(tokenizer.bos_id)!r}), with "
-            "which the tokenizer begins them; "
-            f"set eos_token_id to {tokenizer.eos_id} in config.json"
+            f"{where}: the tokenizer begins texts with {tokenizer.token(bos)!r} ({bos}), but the config ends them with "
+            f"it; set eos_token_id to {tokenizer.eos_id} in config.json"
         )
 
 

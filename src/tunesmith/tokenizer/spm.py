@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import sentencepiece
 
@@ -23,8 +24,6 @@ class SentencePieceEngine:
     `legacy`: that space is also put after every special token, as LLaMA 1 and 2 and llama.cpp do.
     `extra`: tokens (id, content, special) beyond the model's own pieces, or special ones among them.
     """
-
-    kind = "sentencepiece"
 
     def __init__(
         self, model: bytes, where: str, extra: Sequence[tuple[int, str, bool]] = (), legacy: bool = True
@@ -106,6 +105,10 @@ class SentencePieceEngine:
         if self._added:
             files["added_tokens.json"] = json.dumps(self._added, indent=2, sort_keys=True).encode()
         return files
+
+    def settings(self) -> dict[str, Any]:
+        """transformers' class for sentencepiece models, and the rule for spaces."""
+        return {"tokenizer_class": "LlamaTokenizer", "legacy": self._legacy}
 
     def content(self) -> bytes:
         """The model's hash, the added tokens and the rule for spaces."""
