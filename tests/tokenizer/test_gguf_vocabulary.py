@@ -233,7 +233,10 @@ def test_smollm2_ids_equal_llama_cpps(smollm2: Pair) -> None:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=_letters)
 def test_smollm2_random_text_equals_llama_cpps(smollm2: Pair, text: str) -> None:
-    _assert_equal(smollm2, text)
+    # Its vocabulary has no token for some control characters. Both drop them; tokenizers, and so the original
+    # tokenizer.json, then merges across the gap, llama.cpp does not.
+    ours, _ = smollm2
+    _assert_equal(smollm2, "".join(c for c in text if ours.encode(c)))
 
 
 @pytest.mark.smollm2
