@@ -1,4 +1,4 @@
-"""Prefix trees and packs of random examples: nothing lost, nothing merged that differs, budgets kept, targets all counted."""
+"""Prefix trees and packs of random examples: nothing lost, nothing wrongly merged, budgets kept, targets counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One law for every backend: values and gradients of `dense`, over random trees, windows, groups of heads and dtypes."""
+"""One law for every backend: values and gradients of `dense`, over trees, windows, groups of heads and dtypes."""
 
 from __future__ import annotations
 

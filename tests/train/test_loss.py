@@ -103,9 +103,8 @@ def test_half_precision_sums_in_float32(dtype: torch.dtype) -> None:
     exact = hidden.detach().double().requires_grad_(True)
     expected = scalar_of(wide, made, exact)
     assert abs(loss.double() - expected) < 5e-3 * expected
-    assert relative(grad.double(), torch.autograd.grad(expected, exact)[0]) < (
-        2e-2 if dtype == torch.bfloat16 else 4e-3
-    )
+    limit = 2e-2 if dtype == torch.bfloat16 else 4e-3
+    assert relative(grad.double(), torch.autograd.grad(expected, exact)[0]) < limit
 
 
 def test_without_targets_the_loss_is_zero_and_so_is_its_gradient() -> None:

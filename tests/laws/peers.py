@@ -1,0 +1,93 @@
+"""The same model and the same LoRA in transformers and PEFT, and one padded step of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as tf
+from tests.laws.small import build
+from torch import Tensor
+from torch.nn import functional
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
+
+from tunesmith.adapters import Adapter
+from tunesmith.data.encode import Example
+from tunesmith.model.config import ModelConfig
+from tunesmith.model.llama import Llama
+
+NORMS = (
+    modeling_llama.LlamaRMSNorm,
+    modeling_mistral.MistralRMSNorm,
+    modeling_qwen2.Qwen2RMSNorm,
+    modeling_qwen3.Qwen3RMSNorm,
+)
+PEFT_NAMES = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora"}
+
+
+@contextmanager
+def wide_norms() -> Iterator[None]:
+    """transformers casts to float32 within its norms, whatever the model's dtype: in float64 tests, it shall not."""
+
+    def forward(self: Any, h: Tensor) -> Tensor:
+        return self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for norm in NORMS:
+            patch.setattr(norm, "forward", forward)
+        yield
+
+
+def twin_models(config: tf.PreTrainedConfig, dtype: torch.dtype) -> tuple[Llama, Any]:
+    """Our model and theirs with the same weights. Dense attention there is SDPA: the eager one's softmax is float32."""
+    ours = build(ModelConfig.from_hf(config.to_dict()), dtype)
+    config._attn_implementation = "sdpa"
+    theirs = tf.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def peft_twin(theirs: Any, spec: Mapping[str, Any], adapter: Adapter) -> tuple[Any, dict[str, Tensor]]:
+    """PEFT's LoRA on `theirs` with our adapter's values; its parameters by our names."""
+    options = {PEFT_NAMES.get(k, k): v for k, v in spec.items() if k != "kind"}
+    options.setdefault("lora_alpha", 2 * options["r"])
+    model = peft.get_peft_model(theirs, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    if theirs.dtype == torch.float64:
+        model.double()  # PEFT makes its weights in float32
+    known = dict(model.named_parameters())
+    found = {}
+    for name, value in adapter.trainable.items():
+        path, _, letter = name.rsplit(".", 2)
+        found[name] = known.pop(f"base_model.model.{path}.lora_{letter}.default.weight")
+        with torch.no_grad():
+            found[name].copy_(value)
+    left = [name for name, p in known.items() if p.requires_grad]
+    assert not left, f"PEFT trains what we do not: {left}"
+    return model, found
+
+
+def padded_step(
+    model: Any, examples: Sequence[Example], trained: Mapping[str, Tensor]
+) -> tuple[list[Tensor], float, Tensor]:
+    """Logits of every example, the mean loss over supervised tokens, and the gradient, of a batch padded at its ends."""
+    longest = max(len(e.ids) for e in examples)
+    ids = torch.zeros(len(examples), longest, dtype=torch.long)
+    attention, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for i, e in enumerate(examples):
+        n, told = len(e.ids), torch.from_numpy(e.supervised)
+        ids[i, :n], attention[i, :n] = torch.from_numpy(e.ids).long(), 1
+        labels[i, :n][told] = ids[i, :n][told]
+    logits = model(input_ids=ids, attention_mask=attention).logits
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    # The library's own loss casts to float32; this is its formula: labels shifted by one, a mean over those not -100.
+    loss = functional.cross_entropy(wide[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    grads = torch.autograd.grad(loss, list(trained.values()))
+    rows = [row[: len(e.ids)].detach() for row, e in zip(logits, examples, strict=True)]
+    return rows, loss.item(), torch.cat([g.flatten() for g in grads])
