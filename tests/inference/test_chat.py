@@ -214,7 +214,8 @@ def test_commands(session: ChatSession, tmp_path: Path) -> None:
     file = tmp_path / "talk.jsonl"
     typed = [
         "/help", "/settings temperature=0.7 top_p=0.9 seed=3 max_new_tokens=5", "/system be kind", "/adapter",
-        "/adapter off", "hello", f"/save {file}", "/reset", "/settings stop=\\n\\n temperature=0 top_p=none", "/exit", "never read",
+        "/adapter off", "hello", f"/save {file}", "/reset",
+        "/settings stop=\\n\\n temperature=0 top_p=none", "/exit", "never read",
     ]  # fmt: skip
     out, err = talk(session, "\n".join(typed))
     assert len(out) == 1

@@ -75,12 +75,21 @@ def test_repetition_penalty_equals_transformers(twins, prompts: list[list[int]])
         assert list(result.ids) != theirs(twins.theirs, prompt, **kwargs)[0]
 
 
+def test_repetition_penalty_follows_its_row_when_others_leave(twins, prompts: list[list[int]]) -> None:
+    settings = GenerationSettings(max_new_tokens=30, repetition_penalty=1.6)
+    plain = generate(twins.ours, prompts, settings, eos_ids=())
+    eos = [plain[0].ids[2], plain[1].ids[8]]
+    for prompt, result in zip(prompts, generate(twins.ours, prompts, settings, eos_ids=eos), strict=True):
+        expected = theirs(twins.theirs, prompt, eos, max_new_tokens=30, do_sample=False, repetition_penalty=1.6)
+        assert list(result.ids) == expected[0]
+
+
 @pytest.mark.parametrize("values", [{}, {"length_penalty": 0.0}, {"length_penalty": 2.0}, {"repetition_penalty": 1.5}])
 @pytest.mark.parametrize("beams", [2, 5])
 def test_beams_equal_transformers(twins_maker, prompts: list[list[int]], beams: int, values: dict) -> None:
     pair = twins_maker(seed=4, scale=1.5)  # flat distributions: beams overtake each other
     settings = GenerationSettings(max_new_tokens=20, beams=beams, n=beams, **values)
-    for eos in ([], [5], [5, 17, 60, 80, 81, 82]):
+    for eos in ([], [5], [5, 17, 60, 80, 81, 82], list(range(60))):
         results = generate(pair.ours, prompts, settings, eos_ids=eos)
         for i, prompt in enumerate(prompts):
             expected = theirs(

@@ -125,3 +125,11 @@ def test_a_seed_fixes_a_row_whatever_stands_beside_it() -> None:
     alone = [sample.choose(logits[i : i + 1], settings, [sample.generator_for(9, i)]).item() for i in range(6)]
     assert together.tolist() == alone
     assert len(set(alone)) > 3  # answers to one prompt differ
+
+
+def test_a_token_of_no_probability_is_never_drawn(monkeypatch) -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    settings = GenerationSettings(temperature=1.0)
+    for uniform, token in ((0.0, 1), (0.5, 3), (1 - 2**-53, 3)):  # the ends of the range, and a boundary
+        monkeypatch.setattr(torch, "rand", lambda *_, u=uniform, **__: torch.tensor([u], dtype=torch.float64))
+        assert sample.choose(logits, settings, [torch.Generator()]).tolist() == [token]
