@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from tunesmith.hardware import recommended_dtype
 from tunesmith.model.llama import Llama
 from tunesmith.model.load import load_model, model_identity
 from tunesmith.tokenizer import Tokenizer, check_fits, load_tokenizer
+from tunesmith.train.memory import LINEARS, Job, available_memory, choose_pack_tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,13 +72,15 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"model.device: {name!r} is not there (GPUs found: {torch.cuda.device_count()}); use auto or cpu")
+        raise ConfigError(
+            f"model.device: {name!r} is not there (GPUs found: {torch.cuda.device_count()}); use auto or cpu"
+        )
     return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the hardware is fast in it, else float32."""
-    return getattr(torch, recommended_dtype(device) if name == "auto" else name)  # type: ignore[no-any-return]
+    return getattr(torch, recommended_dtype(device) if name == "auto" else name)
 
 
 def load_data(run: Run, tokenizer: Tokenizer, template: Template) -> Data:
@@ -87,10 +91,17 @@ def load_data(run: Run, tokenizer: Tokenizer, template: Template) -> Data:
     )
     train, valid = _validation(run, splits)
     names = section.labels or labels(splits.train)
-    settings = {"cutoff": section.cutoff, "train_on_inputs": section.train_on_inputs, "cut": section.cut}
-    encoded = encode_rows(train, template, tokenizer, **settings)
+    encode = partial(
+        encode_rows,
+        template=template,
+        tokenizer=tokenizer,
+        cutoff=section.cutoff,
+        train_on_inputs=section.train_on_inputs,
+        cut=section.cut,
+    )
+    encoded = encode(train)
     valid = valid[: run.evaluate.rows] if run.evaluate.rows else valid
-    held_out = encode_rows(valid, template, tokenizer, **settings, against=encoded) if valid else None
+    held_out = encode(valid, against=encoded) if valid else None
     return Data(encoded, held_out, tuple(valid), tuple(names), _fingerprint(encoded))
 
 
@@ -99,8 +110,10 @@ def _validation(run: Run, splits: Splits) -> tuple[list[Row], list[Row]]:
     section = run.data
     if section.valid is not None:
         path = resolve_data(section.valid)
-        rows = read_rows(path, schema=section.schema, instruction=section.instruction)
-        return splits.train, rows
+        asked = section.instruction  # the training rows' own, so that both are asked alike
+        if asked is None and splits.train and splits.train[0].kind == "classification":
+            asked = splits.train[0].fields["instruction"]
+        return splits.train, read_rows(path, schema=section.schema, instruction=asked)
     if section.valid_size:
         return split_rows(splits.train, section.valid_size, run.train.seed)
     return splits.train, splits.valid if section.valid_size is None else []
@@ -126,7 +139,8 @@ def show_report(data: Data, console: Console) -> None:
 def resolve(run: Run, loaded: Loaded, pack_tokens: int) -> Run:
     """The run with every automatic choice written down, so that a rerun or a resume makes the same ones."""
     method = find_method(str(run.adapter["kind"]))
-    model = replace(run.model, dtype=str(loaded.model.dtype).removeprefix("torch."), device=str(loaded.model.device))
+    dtype = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}[loaded.model.dtype]
+    model = replace(run.model, dtype=dtype, device=str(loaded.model.device))  # type: ignore[arg-type]
     rate = run.train.learning_rate or method.learning_rate
     train = replace(run.train, pack_tokens=pack_tokens, learning_rate=rate, resume=None)
     return replace(run, model=model, train=train)
@@ -139,8 +153,30 @@ def attach_adapter(run: Run, loaded: Loaded, name: str = "default") -> Adapter:
     return adapter
 
 
+def memory_job(run: Run, model: Llama, adapter: Adapter, data: Data) -> tuple[Job, str]:
+    """The memory job of the run with its pack size, and a line that says why it is that size."""
+    report, size = data.train.report, model.dtype.itemsize
+    job = Job(
+        model.config,
+        trainable=sum(p.numel() for p in adapter.trainable.values()),
+        pack_tokens=run.train.pack_tokens or 0,
+        weight_bytes=size,
+        activation_bytes=size,
+        targets=frozenset(place.split(".")[-2] for place in adapter.deltas) or frozenset(LINEARS),
+        rank=int(getattr(adapter.settings, "rank", 0)),
+        supervised=report.share,
+        longest=report.longest,
+        recompute=run.train.recompute,
+        device=model.device.type,
+    )
+    if run.train.pack_tokens:
+        return job, f"packs of {run.train.pack_tokens} tokens, as configured"
+    tokens, why = choose_pack_tokens(job, available_memory(model.device), report.longest)
+    return replace(job, pack_tokens=tokens), why
+
+
 def run_fingerprint(run: Run, loaded: Loaded, data: Data) -> str:
-    """What a checkpoint must share with a run to be resumed by it: data, base and every setting that moves parameters."""
+    """What a checkpoint shares with a run that may resume it: data, base, every setting that moves parameters."""
     settings = run.to_dict()
     for section, keys in _FREE.items():
         for key in keys:

@@ -1,6 +1,7 @@
 """`tunesmith train`, from a configuration to a verified run folder:
 
-    prepare -> plan memory -> [measure, sample] -> train -> best checkpoint -> save adapter -> verify -> [measure, sample] -> report
+prepare -> plan memory -> [measure, sample] -> train -> best checkpoint -> save adapter -> verify -> [measure, sample]
+-> report
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ from tunesmith.adapters.peft_format import save_adapter
 from tunesmith.compare.report import write_report
 from tunesmith.config import Run
 from tunesmith.data.encode import encode_prompt
-from tunesmith.errors import CheckpointError, ConfigError, VerificationError
+from tunesmith.errors import CheckpointError, ConfigError
 from tunesmith.evaluate.run import find_metric, measure
 from tunesmith.evaluate.subject import Subject
 from tunesmith.export.verify import verify_run, write_probe
 from tunesmith.files import atomic_folder, atomic_write_json, atomic_write_text, is_complete
-from tunesmith.hardware import memory, peak_memory
 from tunesmith.inference.generate import generate
 from tunesmith.inference.sample import GenerationSettings
 from tunesmith.prepare import (
@@ -36,22 +36,24 @@ from tunesmith.prepare import (
     attach_adapter,
     load_base,
     load_data,
+    memory_job,
     resolve,
     run_fingerprint,
     show_report,
     template_for,
 )
 from tunesmith.train.checkpoint import latest_checkpoint
+from tunesmith.train.guards import check_tokenizer_ids
 from tunesmith.train.log import MetricsFile, Progress, open_trackers
 from tunesmith.train.loop import Trainer, make_plan
-from tunesmith.train.memory import MemoryPlan, choose_pack_tokens, plan_memory
+from tunesmith.train.memory import GIB, MemoryPlan, peak_memory
+from tunesmith.train.memory import plan as plan_memory
 from tunesmith.train.reporter import RunLog
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 SAMPLE_TOKENS = 64
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -62,24 +64,32 @@ class Outcome:
     before: Mapping[str, float]
     after: Mapping[str, float]
     samples: Sequence[Mapping[str, str]]
+    checks: Sequence[str]
     seconds: float
-    verified: bool
 
 
-def train_run(run: Run, console: Console) -> Outcome:
-    """Carry out `run`. Raises TunesmithError, and VerificationError if what was saved is not what was trained."""
+def train_run(run: Run, console: Console, loaded: Loaded | None = None) -> Outcome:
+    """Carry out `run`, on a base that is `loaded` already if given.
+
+    Raises TunesmithError, and VerificationError if what was saved is not what was trained.
+    """
     began = time.perf_counter()
     folder, checkpoint = run_folder(run)
     for metric in (*run.evaluate.metrics, run.evaluate.best):
         find_metric(metric)
-    loaded = load_base(run.model)
+    loaded = loaded or load_base(run.model)
     loaded.template = template_for(run, loaded.tokenizer)
+    config = loaded.model.config
+    for line in check_tokenizer_ids(loaded.tokenizer, config.vocab_size, config.eos_token_ids):
+        console.print(f"tokenizer: {line}", markup=False)
     data = load_data(run, loaded.tokenizer, loaded.template)
     show_report(data, console)
-    adapter = attach_adapter(run, loaded)
-    plan_of_memory = _plan_memory(run, loaded, adapter, data)
-    console.print(plan_of_memory.line(), markup=False)
-    run = resolve(replace(run, name=folder.name), loaded, plan_of_memory.pack_tokens)
+    adapter = loaded.adapters.get("default") or attach_adapter(run, loaded)
+    job, why = memory_job(run, loaded.model, adapter, data)
+    planned = plan_memory(job)
+    for line in (why, *planned.lines()):
+        console.print(line, markup=False)
+    run = resolve(replace(run, name=folder.name), loaded, job.pack_tokens)
     trainable = sum(p.numel() for p in adapter.trainable.values())
     total = sum(p.numel() for p in loaded.model.parameters())
     console.print(f"{adapter.kind}: {trainable:,} trainable of {total:,} parameters ({trainable / total:.2%})")
@@ -87,18 +97,33 @@ def train_run(run: Run, console: Console) -> Outcome:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(folder / "config.yaml", run.dump_yaml())
     before, shown = _before(run, loaded, data, folder, checkpoint, console)
-    _train(run, loaded, adapter, data, folder, checkpoint, console)
-    after = _measure(run, loaded, data)
+    after = _train(run, loaded, adapter, data, folder, checkpoint, console)
     samples = _answers(run, loaded, data, shown, "after")
     save_run_adapter(run, loaded, adapter, data, folder)
-    report = verify_run(folder)
+    report = verify_run(folder, base=loaded.path)
     seconds = time.perf_counter() - began
-    outcome = Outcome(folder, before, after, samples, seconds, report.passed)
-    write_report(folder, samples=samples, before=before, after=after, seconds=seconds, planned=plan_of_memory.total)
-    console.print(f"memory: {plan_of_memory.total / GIB:.2f} GiB planned, {peak_memory() / GIB:.2f} GiB measured")
-    if not report.passed:
-        raise VerificationError(f"{folder}: what was saved is not what was trained: {report.first_failure()}")
+    checks = [f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.detail}" for check in report.checks]
+    outcome = Outcome(folder, before, after, samples, checks, seconds)
+    peak = peak_memory(loaded.model.device)
+    write_report(
+        folder, samples=samples, before=before, after=after, facts=_facts(outcome, run, planned, peak, trainable)
+    )
+    console.print(planned.lines(peak)[0], markup=False)
+    report.raise_if_failed()
     return outcome
+
+
+def _facts(outcome: Outcome, run: Run, planned: MemoryPlan, peak: int, trainable: int) -> dict[str, str]:
+    """What the report says of the run in a table."""
+    return {
+        "base": run.model.path,
+        "data": run.data.train,
+        "method": str(run.adapter["kind"]),
+        "trained parameters": f"{trainable:,}",
+        "seconds, all included": f"{outcome.seconds:.0f}",
+        "peak memory, GiB": f"{peak / GIB:.2f} (planned {planned.total / GIB:.2f})",
+        "verified": "; ".join(outcome.checks),
+    }
 
 
 def run_folder(run: Run) -> tuple[Path, Path | None]:
@@ -138,26 +163,10 @@ def _new_folder(run: Run) -> Path:
     return folder
 
 
-def _plan_memory(run: Run, loaded: Loaded, adapter: Adapter, data: Data) -> MemoryPlan:
-    longest = data.train.report.longest
-    available = memory()[1]
-    trainable = sum(p.numel() for p in adapter.trainable.values())
-    tokens = run.train.pack_tokens or choose_pack_tokens(
-        loaded.model.config, available, longest, trainable=trainable, recompute=run.train.recompute
-    )
-    return plan_memory(
-        loaded.model.config,
-        dtype=loaded.model.dtype,
-        trainable=trainable,
-        pack_tokens=max(tokens, longest) if run.train.pack_tokens is None else tokens,
-        recompute=run.train.recompute,
-    )
-
-
 def _train(
     run: Run, loaded: Loaded, adapter: Adapter, data: Data, folder: Path, checkpoint: Path | None, console: Console
-) -> None:
-    """Run the loop to its end and leave the best parameters in the model."""
+) -> dict[str, float]:
+    """Run the loop to its end, leave the best parameters in the model, and return their measures."""
     settings = run.train
     plan = make_plan(
         settings,
@@ -168,7 +177,9 @@ def _train(
         eval_steps=run.evaluate.every_steps,
     )
     if settings.share_prefix and not plan.share_prefix:
-        console.print("dropout is on, so each example draws its own: prefixes are not shared, which costs their tokens again")
+        console.print(
+            "dropout is on, so each example draws its own: prefixes are not shared, which costs their tokens again"
+        )
     start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     trackers = open_trackers(
         run.log.report_to,
@@ -180,7 +191,7 @@ def _train(
     )
     metrics = MetricsFile(folder / "metrics.jsonl", resume_step=start)
     torch.manual_seed(settings.seed)
-    with RunLog(metrics, Progress(plan.steps, start_step=start, console=console), trackers) as log:
+    with RunLog(metrics, Progress(plan.steps, start_step=start, console=console), trackers, loaded.model.device) as log:
         trainer = Trainer(
             loaded.model,
             adapter,
@@ -202,6 +213,8 @@ def _train(
         step = trainer.load_best()
         if step != trainer.progress.step:
             log.say(f"best {run.evaluate.best} was at step {step}: that checkpoint is saved as the adapter")
+    measured = [found for found in trainer.progress.evaluations if found["step"] == step]
+    return {key: value for key, value in measured[-1].items() if key != "step"} if measured else {}
 
 
 def subject_of(run: Run, loaded: Loaded, data: Data, adapters: tuple[str, ...] | None = None) -> Subject:

@@ -111,9 +111,9 @@ def demo(
     output_dir: OutputDir = None,
 ) -> None:
     """Adapt SmolLM2-135M to movie reviews: accuracy before and after, generations, a verified adapter."""
-    from tunesmith import api
+    from tunesmith.demo import demo as carry_out
 
-    out(str(api.demo(overrides=overrides or [], quick=quick, output_dir=output_dir, console=console())))
+    out(carry_out(overrides=overrides or [], quick=quick, output_dir=output_dir, console=console()))
 
 
 def read_run(words: list[str], flags: dict[str, Any]) -> Run:

@@ -1,7 +1,8 @@
 """Packs: several examples in one row without padding, what they begin with in common standing there once.
 
     examples   A B C D E F        row       [ A B C | D E F | X Y ]      segment 0 is the parent of 1 and 2
-               A B C X Y          targets   (position, token, weight): the last position of the prefix has two next tokens
+               A B C X Y          targets   (position, token, weight): the last position of the prefix has two next
+               tokens
 
 Targets are triples because a shared position may have several next tokens, and a shared target counts once for each
 example that has it.
@@ -57,8 +58,8 @@ class Node:
 def prefix_tree(sequences: Sequence[np.ndarray], share: bool = True) -> list[Node]:
     """Cut sequences into nodes so that a common beginning is one node; a parent comes before its children.
 
-    Sharing is exact by construction: the members of a node have equal tokens from 0 to `stop`. Without `share`, one node
-    a sequence.
+    Sharing is exact by construction: the members of a node have equal tokens from 0 to `stop`. Without `share`, one
+    node a sequence.
     """
     if not share:
         return [Node(0, len(s), -1, (i,)) for i, s in enumerate(sequences) if len(s)]
@@ -91,9 +92,11 @@ def plan_packs(
     share: bool = True,
     device: torch.device | str = "cpu",
 ) -> list[Pack]:
-    """Pack `examples` into as few rows of at most `budget` tokens (shared ones counted once) as are needed, evenly filled.
+    """Pack `examples` into as few rows of at most `budget` tokens (shared ones counted once) as are needed, evenly
+    filled.
 
-    `max_rows` bounds the examples of a pack. An example longer than the budget has a pack to itself. Empty examples vanish.
+    `max_rows` bounds the examples of a pack. An example longer than the budget has a pack to itself. Empty examples
+    vanish.
     """
     indices = [i for i, e in enumerate(examples) if len(e.ids)]
     if share:  # neighbours share the most
@@ -126,7 +129,7 @@ def build_pack(
 
 
 def _targets(examples: Sequence[Example], rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(position, token, weight) of every supervised token that has a token before it; equal pairs are one, weights added."""
+    """(position, token, weight) of the supervised tokens with a token before them; equal pairs are one."""
     where, target = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for example, row in zip(examples, rows, strict=True):
         chosen = np.flatnonzero(example.supervised[1:])

@@ -21,7 +21,10 @@ UNLIMITED = 1 << 30
 
 
 def accuracy(subject: Subject) -> dict[str, float]:
-    """`accuracy` in [0, 1] and `accuracy_interval`, half the width of its 95% interval. Raises DataError without labels."""
+    """`accuracy` in [0, 1] and `accuracy_interval`, half the width of its 95% interval.
+
+    Raises DataError without labels.
+    """
     predicted = predict_labels(subject)
     right = sum(p == row.label for p, row in zip(predicted, subject.rows, strict=True))
     share = right / len(predicted)

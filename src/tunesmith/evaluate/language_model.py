@@ -18,7 +18,8 @@ from tunesmith.model.llama import Llama
 def language_model_metrics(
     model: Llama, examples: Sequence[Example], *, budget: int, adapters: tuple[str, ...] | None = None
 ) -> dict[str, float]:
-    """`eval_loss` (mean over supervised tokens, in nats), `perplexity` of them and `mean_token_accuracy` (greedy, in [0, 1]).
+    """`eval_loss` (mean over supervised tokens, in nats), `perplexity` of them and `mean_token_accuracy` (greedy, in
+    [0, 1]).
 
     Raises DataError where no token is supervised.
     """

@@ -1,7 +1,7 @@
 """The element-wise parts of a block, each with a backward of its own that keeps only what it needs.
 
-Autograd on the plain formula keeps every float32 intermediate; these keep the inputs in their own dtype. `PLAIN` holds the
-formulas themselves, as autograd twins: tests/laws compares each pair, values and gradients.
+Autograd on the plain formula keeps every float32 intermediate; these keep the inputs in their own dtype. `PLAIN`
+holds the formulas themselves, as autograd twins: tests/laws compares each pair, values and gradients.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Layout:
-    """Segments of a flat row: `starts[i]`, `lengths[i]`, and `parents[i]` (-1: a root; a parent comes before its children)."""
+    """Segments of a flat row: `starts`, `lengths` and `parents` (-1: a root; a parent comes before its children)."""
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -104,7 +104,8 @@ class Layout:
 
     @cached_property
     def visibility(self) -> Tensor:
-        """(tokens, 3): position, and the interval of segment numbers (own, end of own descendants) in depth-first order.
+        """(tokens, 3): position, and the interval of segment numbers (own, end of own descendants) in depth-first
+        order.
 
         Token k is seen by token q iff position[k] <= position[q] and own[k] <= own[q] < end[k].
         """
@@ -136,8 +137,9 @@ class Layout:
     def tiles(self, window: int | None = None) -> tuple[Tensor, ...]:
         """Attention's work as a flat tuple (queries, keys, hidden) of batches of tiles, made once a layout.
 
-        `queries` (batch, n) and `keys` (batch, m) are row indices, padded by repeating index 0; `hidden` (batch, n, m) is
-        True where a query must not see a key. A padded query hides nothing (its result is dropped) and is -1 in `queries`.
+        `queries` (batch, n) and `keys` (batch, m) are row indices, padded by repeating index 0; `hidden` (batch, n,
+        m) is True where a query must not see a key. A padded query hides nothing (its result is dropped) and is -1 in
+        `queries`.
         """
         if window not in self._tiles:
             batches = [b for group in _batched(list(self._cut(window))) for b in self._padded(group, window)]

@@ -4,9 +4,9 @@
     for each block:   h = h + attention(norm(h));   h = h + mlp(norm(h))
     logits = lm_head(norm(h))
 
-Tokens of all segments lie end to end in one row; there is no batch dimension and no padding, and a `Layout` says who sees
-whom. Parameters carry Hugging Face's names, in memory as on disk. Every value that a method may edit passes through a
-`Seam`, which is the identity until something is attached.
+Tokens of all segments lie end to end in one row; there is no batch dimension and no padding, and a `Layout` says who
+sees whom. Parameters carry Hugging Face's names, in memory as on disk. Every value that a method may edit passes
+through a `Seam`, which is the identity until something is attached.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions.
 
-    Seams: `past` edits (k, v) before attention; `mix` edits the heads' output (tokens, heads, head_dim) before o_proj and is
-    given q with its rotary embedding.
+    Seams: `past` edits (k, v) before attention; `mix` edits the heads' output (tokens, heads, head_dim) before o_proj
+    and is given q with its rotary embedding.
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
@@ -100,8 +100,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One decoder layer.
 
-    Seams: `after_attn` and `after_mlp` edit what is added to the residual and are given the sub-layer's input; `resid` edits
-    the residual stream at the block's end.
+    Seams: `after_attn` and `after_mlp` edit what is added to the residual and are given the sub-layer's input;
+    `resid` edits the residual stream at the block's end.
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
@@ -135,7 +135,10 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """A decoder-only language model over flat rows. Build it with `load_model`, or on the meta device from a ModelConfig."""
+    """A decoder-only language model over flat rows.
+
+    Build it with `load_model`, or on the meta device from a ModelConfig.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -176,8 +179,8 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Hidden states after the final norm, (tokens, hidden_size), for token ids (tokens,).
 
-        `cache`: see `Cache`. `adapters`: the attached adapters that act (None: all, (): the bare base). `recompute`: keep only
-        the blocks' inputs for the backward, and run each block again there.
+        `cache`: see `Cache`. `adapters`: the attached adapters that act (None: all, (): the bare base). `recompute`:
+        keep only the blocks' inputs for the backward, and run each block again there.
         """
         ctx = self.context(layout, cache, adapters)
         return self.run(tokens, ctx, recompute)

@@ -35,7 +35,8 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 def rotary_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of every position's angles, each (tokens, head_dim / 2) in `dtype`.
 
-    The angles are float32 whatever `dtype` is, as in every published implementation: a float64 model then agrees with theirs.
+    The angles are float32 whatever `dtype` is, as in every published implementation: a float64 model then agrees with
+    theirs.
     """
     angles = torch.outer(positions.float(), inverse_frequencies(config).to(positions.device))
     return angles.cos().to(dtype), angles.sin().to(dtype)

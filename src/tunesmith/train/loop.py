@@ -1,7 +1,7 @@
 """The training loop: rows -> packs -> summed loss / supervised tokens of the global batch -> clip -> step.
 
-Everything that a step depends on follows from the settings and the step's number (which rows, which learning rate), plus the
-random state for dropout; so a checkpoint resumes to the very same bits.
+Everything that a step depends on follows from the settings and the step's number (which rows, which learning rate),
+plus the random state for dropout; so a checkpoint resumes to the very same bits.
 """
 
 from __future__ import annotations
@@ -91,7 +91,10 @@ class Progress:
 def make_plan(
     settings: TrainSection, rows: int, *, learning_rate: float, pack_tokens: int, dropout: bool, eval_steps: int | None
 ) -> Plan:
-    """Turn settings into numbers of optimizer steps. With `dropout`, tokens are not shared: each example draws its own."""
+    """Turn settings into numbers of optimizer steps.
+
+    With `dropout`, tokens are not shared: each example draws its own.
+    """
     per_epoch = math.ceil(rows / settings.batch_size)
     steps = max(1, math.ceil(per_epoch * settings.epochs))
     steps = min(steps, settings.max_steps) if settings.max_steps else steps
@@ -110,7 +113,10 @@ def make_plan(
 
 
 class Trainer:
-    """One run of one adapter. `run()` goes from the current progress to the end; `resume()` sets progress from a checkpoint."""
+    """One run of one adapter.
+
+    `run()` goes from the current progress to the end; `resume()` sets progress from a checkpoint.
+    """
 
     def __init__(
         self,
@@ -173,7 +179,7 @@ class Trainer:
         return self.progress
 
     def batch(self, step: int) -> list[int]:
-        """The rows of optimizer step `step` (from 0): a new seeded order each epoch, the last batch as long as rows last."""
+        """The rows of optimizer step `step` (from 0), in an order that the seed and the epoch fix."""
         epoch, at = divmod(step, self.plan.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             rows = np.arange(len(self.examples))
@@ -183,7 +189,10 @@ class Trainer:
         return self._order[1][at * self.plan.batch_size : (at + 1) * self.plan.batch_size].tolist()
 
     def _step(self) -> dict[str, float]:
-        """One optimizer step; returns its logged values. Whatever a guard stops leaves parameters and moments as they were."""
+        """One optimizer step; returns its logged values.
+
+        Whatever a guard stops leaves parameters and moments as they were.
+        """
         began = time.perf_counter()
         step = self.progress.step
         rows = [self.examples[i] for i in self.batch(step)]
@@ -219,11 +228,14 @@ class Trainer:
         )
 
     def _accumulate(self, pack: Pack, supervised: float, rows: Sequence[Example]) -> float:
-        """Add one pack's share of the gradient; returns its share of the loss. Raises NumericalError before any step."""
+        """Add one pack's share of the gradient; returns its share of the loss.
+
+        Raises NumericalError before any step.
+        """
         ctx = self.model.context(pack.layout)
         hidden = self.model.run(pack.tokens, ctx, self.settings.recompute)
         loss = pack_loss(self.model, pack, ctx, hidden) / max(supervised, 1.0)
-        value = float(loss)
+        value = float(loss.detach())
         if not math.isfinite(value):
             culprits = [rows[i] for i in pack.examples]
             raise guards.explain_nonfinite(
@@ -236,7 +248,7 @@ class Trainer:
         return value
 
     def _update(self, rate: float) -> float:
-        """Unscale, check, clip and step; returns the norm before clipping (nan where fp16 overflowed: no step was made)."""
+        """Unscale, check, clip and step; returns the norm before clipping (nan: fp16 overflowed, no step was made)."""
         parameters = list(self.parameters.values())
         good = self.scaler.unscale(parameters)
         norm = math.nan
@@ -316,11 +328,12 @@ class Trainer:
         tensors, state = load_checkpoint(checkpoint)
         if state["fingerprint"] != self.fingerprint:
             raise CheckpointError(
-                f"{checkpoint}: was written by a run with other data, model or settings; resume with the config.yaml of its "
-                "run folder, or start a new run"
+                f"{checkpoint}: was written by a run with other data, model or settings; resume with the config.yaml "
+                "of its run folder, or start a new run"
             )
         self.adapter.load_state(tensors["adapter"], str(checkpoint))
-        unpack_optimizer(self.optimizer, tensors["optimizer"], {p: n for n, p in self.parameters.items()})
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        unpack_optimizer(self.optimizer, names, tensors["optimizer"])
         self.progress = Progress(**state["progress"])
         self.scaler.load_state(state["scaler"])
         restore_rng_state(tensors["rng"], state["rng"])

@@ -1,10 +1,11 @@
-"""The loss of a pack: cross-entropy at the targets only, in chunks, gradients of the hidden states formed in the same pass.
+"""The loss of a pack: cross-entropy at the targets only, in chunks, gradients of the hidden states formed in the same
+pass.
 
     sum_i weight_i * -log softmax(lm_head(hidden[where_i]))[target_i]
 
-Logits of a whole row never exist. Where the head, its edits or a tied embedding train, their gradients come from the same
-chunks. The caller divides by the number of supervised tokens of the *global* batch, so that neither the size of packs nor the
-number of processes changes the gradient.
+Logits of a whole row never exist. Where the head, its edits or a tied embedding train, their gradients come from the
+same chunks. The caller divides by the number of supervised tokens of the *global* batch, so that neither the size of
+packs nor the number of processes changes the gradient.
 """
 
 from __future__ import annotations

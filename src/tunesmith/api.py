@@ -1,0 +1,317 @@
+"""The public face of Tunesmith, for Python and for the command line.
+
+import tunesmith as ts
+
+loaded = ts.load("smollm2-135m-instruct")
+ts.attach(loaded, "lora", rank=8)
+run = ts.train(loaded, data="movie-reviews", epochs=1, metrics=["accuracy"])
+assert ts.verify(run.folder)["ok"]
+print(ts.generate(loaded, "Classify the sentiment of the text as negative or positive.\\n\\nA joy.")["text"])
+
+again = ts.load(run.folder)                     # base and adapter, with the template it was trained with
+print(ts.generate(again, "...")["text"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith import adapters as methods
+from tunesmith import inference
+from tunesmith.adapters import Adapter
+from tunesmith.adapters.peft_format import AdapterInfo, load_adapter, read_info
+from tunesmith.config import DataSection, ModelSection, Run, load_run
+from tunesmith.data.encode import encode_prompt
+from tunesmith.data.schemas import chat_row
+from tunesmith.data.segments import Template
+from tunesmith.data.templates import from_dict, get_template
+from tunesmith.errors import AdapterError, ConfigError, TokenizerError, did_you_mean
+from tunesmith.inference.sample import GenerationSettings
+from tunesmith.prepare import Loaded, load_base, load_data, template_for
+from tunesmith.workflow import Outcome, train_run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    "Loaded",
+    "Outcome",
+    "attach",
+    "chat",
+    "evaluate",
+    "generate",
+    "load",
+    "merge",
+    "train",
+    "train_run",
+    "verify",
+]
+
+
+def load(
+    name: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
+) -> Loaded:
+    """Load a base model (catalog or hub name, folder, .gguf), a run folder or an adapter folder with its base.
+
+    `adapter`: a path, or several by name. Tokenizer and template are checked against those the adapter was trained
+    with. Raises CatalogError, ModelError, TokenizerError, AdapterError.
+    """
+    named = {"default": Path(adapter)} if isinstance(adapter, str | Path) else _paths(adapter)
+    if name is not None and (own := adapter_folder(Path(name))) is not None:
+        named = {"default": own, **named}
+        name = None
+    infos = {key: read_info(adapter_folder(path) or path) for key, path in named.items()}
+    base = str(name) if name is not None else _base_of(infos)
+    loaded = load_base(ModelSection(path=base, revision=revision, dtype=dtype, device=device))  # type: ignore[arg-type]
+    for key, info in infos.items():
+        loaded.adapters[key] = load_adapter(info.folder, loaded.model, key, identity=loaded.identity)
+        template = _template_of(info, loaded)
+        if template is not None:
+            loaded.templates[key] = template
+    loaded.model.eval()
+    return loaded
+
+
+def attach(loaded: Loaded, kind: str = "lora", name: str = "default", *, seed: int = 0, **settings: Any) -> Adapter:
+    """Attach a fresh adapter of method `kind` under `name`. Raises ConfigError, AdapterError."""
+    adapter = methods.attach(loaded.model, {"kind": kind, **settings}, name, seed)
+    loaded.adapters[name] = adapter
+    return adapter
+
+
+def train(loaded: Loaded, data: str | Path, *, console: Console | None = None, **settings: Any) -> Outcome:
+    """Train the adapter "default" of `loaded` on `data` and verify what was saved.
+
+    `settings` are keys of the configuration, flat or dotted by a double underscore: `epochs=2`, `metrics=["accuracy"]`,
+    `train__batch_size=8`. Raises ConfigError, DataError, NumericalError, VerificationError.
+    """
+    if "default" not in loaded.adapters:
+        raise ConfigError('train: nothing is attached; call attach(loaded, "lora") first')
+    adapter = loaded.adapters["default"]
+    flags = {_SHORT.get(key, key.replace("__", ".")): value for key, value in settings.items()}
+    run, _ = load_run(None, [], {"model.path": loaded.name, "data.train": str(data), **flags})
+    run = replace(run, adapter={"kind": adapter.kind, **_settings(adapter)})
+    return train_run(run, console or _console(), loaded)
+
+
+_SHORT = {
+    **{key: f"train.{key}" for key in ("epochs", "max_steps", "batch_size", "learning_rate", "schedule", "seed")},
+    **{key: f"data.{key}" for key in ("template", "cutoff", "limit", "instruction", "valid", "valid_size")},
+    **{key: f"evaluate.{key}" for key in ("metrics", "best", "samples", "every_steps")},
+}
+
+
+def generate(
+    loaded: Loaded,
+    prompt: str,
+    *,
+    use: str | None = None,
+    system: str | None = None,
+    on_text: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Answer `prompt`; returns {"text", "finish_reason", "tokens"}. `use` names an adapter, or "base".
+
+    `settings` are GenerationSettings. Raises GenerationError, AdapterError, TemplateError.
+    """
+    active = choose(loaded, use)
+    template = template_of(loaded, active)
+    messages = [{"role": "system", "content": system}] if system else []
+    row = chat_row([*messages, {"role": "user", "content": prompt}], "prompt")
+    stop = (*tuple(settings.pop("stop", ()) or ()), *template.stop)
+    answer = inference.generate(
+        loaded.model,
+        [encode_prompt(row, template, loaded.tokenizer)],
+        GenerationSettings().changed(**settings, stop=stop),
+        eos_ids=loaded.tokenizer.eos_ids,
+        tokenizer=loaded.tokenizer,
+        adapters=active,
+        on_text=None if on_text is None else lambda _, text: on_text(text),
+    )[0]
+    return {"text": answer.text, "finish_reason": answer.finish_reason, "tokens": len(answer.ids)}
+
+
+def chat(loaded: Loaded, *, use: str | None = None, console: Console | None = None, **settings: Any) -> None:
+    """Talk in the terminal until the user leaves."""
+    from tunesmith.inference.chat import run_chat
+
+    system = settings.pop("system", None)
+    templates = {key: template_of(loaded, (key,)) for key in loaded.adapters}
+    base_template = template_of(loaded, ())
+    active = choose(loaded, use)
+    run_chat(
+        loaded.model,
+        loaded.tokenizer,
+        base_template,
+        templates=templates,
+        adapter=active[0] if active else None,
+        settings=GenerationSettings().changed(**settings),
+        system=system,
+    )
+
+
+def choose(loaded: Loaded, use: str | None) -> tuple[str, ...]:
+    """The adapters that act for `use`: the named one, the first attached, or none for "base". Raises AdapterError."""
+    if use is None:
+        return tuple(loaded.adapters)[:1]
+    if use == "base":
+        return ()
+    if use not in loaded.adapters:
+        known = ", ".join([*loaded.adapters, "base"])
+        raise AdapterError(
+            f"--use {use}: no adapter has this name{did_you_mean(use, loaded.adapters)} (there are {known})"
+        )
+    return (use,)
+
+
+def template_of(loaded: Loaded, active: tuple[str, ...]) -> Template:
+    """The template an adapter was trained with; for the bare base its own chat template, else plain text."""
+    if active and active[0] in loaded.templates:
+        return loaded.templates[active[0]]
+    if loaded.template is not None and active:
+        return loaded.template
+    return get_template("chat" if loaded.tokenizer.chat_template else "plain", loaded.tokenizer)
+
+
+def verify(path: str | Path, *, base: str | None = None) -> dict[str, Any]:
+    """Check a run, or any adapter folder with its base; returns {"ok", "checks": [{"name", "ok", "detail"}]}."""
+    return verify_path(Path(path), base=base)
+
+
+def verify_path(path: Path, *, base: str | None = None) -> dict[str, Any]:
+    """`verify`, as the command line calls it."""
+    from tunesmith.export import verify as verification
+
+    return verification.verify_path(path, base).to_dict()
+
+
+def merge(
+    target: str | Path, *, base: str | None = None, out: str | Path, dtype: str = "auto", force: bool = False
+) -> dict[str, Any]:
+    """Fold an adapter into its base and write a Hugging Face folder; returns what survived rounding.
+
+    Raises CannotMerge.
+    """
+    from tunesmith.export.merge import merge_adapter
+
+    folder = adapter_folder(Path(target))
+    if folder is None:
+        raise AdapterError(f"{target}: holds no adapter (adapter_config.json); give a run folder or an adapter folder")
+    loaded = load(base, adapter=folder, dtype="float32")
+    return merge_adapter(
+        loaded.model, loaded.adapters["default"], loaded.tokenizer, Path(out), dtype=dtype, force=force
+    )
+
+
+def evaluate(
+    target: str | Path,
+    *,
+    data: str | None = None,
+    metrics: list[str] | None = None,
+    base: str | None = None,
+    split: str = "test",
+    rows: int | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measure a run, an adapter or a model on the `split` of some data; a run has its own data and metrics."""
+    from tunesmith.evaluate.held_out import evaluate_rows
+
+    folder = adapter_folder(Path(target))
+    loaded = load(base, adapter=folder) if folder is not None else load(target)
+    config = Path(target) / "config.yaml"
+    if data is not None:
+        section = DataSection(train=data)
+    elif config.is_file():
+        section = load_run(config, [], {})[0].data
+    else:
+        raise ConfigError("evaluate: say on which data with --data (a run folder has its own)")
+    active = choose(loaded, None)
+    return evaluate_rows(
+        loaded.model,
+        loaded.tokenizer,
+        template_of(loaded, active),
+        section,
+        split=split,
+        limit=rows,
+        metrics=metrics or [],
+        adapters=active,
+    )
+
+
+def preview_data(run: Run, *, rows: int = 3, as_json: bool = False) -> None:
+    """Print the first rows of a run's data with what is supervised, and the counts; loads the tokenizer only."""
+    from rich.console import Console as RichConsole
+
+    from tunesmith.data.catalog import resolve_model
+    from tunesmith.data.preview import preview
+    from tunesmith.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(resolve_model(run.model.path, revision=run.model.revision))
+    data = load_data(run, tokenizer, template_for(run, tokenizer))
+    shown = RichConsole(highlight=False)
+    if as_json:
+        sets = {"train": data.train, "valid": data.valid}
+        shown.print_json(data={name: asdict(found.report) for name, found in sets.items() if found is not None})
+    else:
+        shown.print(preview(data.train, tokenizer, rows=rows, valid=data.valid, colour=shown.is_terminal))
+
+
+def plan_run(run: Run) -> dict[str, Any]:
+    """What a run would need and do, without training it."""
+    from tunesmith.plan import plan_run as plan
+
+    return plan(run)
+
+
+def adapter_folder(path: Path) -> Path | None:
+    """The adapter folder at `path` or in the run folder `path`; None where there is none."""
+    for folder in (path, path / "adapter"):
+        if (folder / "adapter_config.json").is_file() or (folder / "tunesmith.json").is_file():
+            return folder
+    return None
+
+
+def _paths(adapters: Mapping[str, str | Path] | None) -> dict[str, Path]:
+    return {key: Path(path) for key, path in (adapters or {}).items()}
+
+
+def _base_of(infos: Mapping[str, AdapterInfo]) -> str:
+    """The base that the adapters name. Raises ConfigError where they name none, or different ones."""
+    bases = {info.base for info in infos.values() if info.base}
+    if len(bases) != 1:
+        found = f"they name {', '.join(sorted(bases))}" if bases else "none is named"
+        raise ConfigError(f"which base model? {found}; say it with --model (or --base)")
+    return bases.pop()
+
+
+def _template_of(info: AdapterInfo, loaded: Loaded) -> Template | None:
+    """The template saved with an adapter; its tokenizer must be the base's. Raises TokenizerError, TemplateError."""
+    if info.tokenizer is not None:
+        own = loaded.tokenizer.fingerprint()
+        if own != dict(info.tokenizer):
+            raise TokenizerError(
+                f"{info.folder}: was trained with another tokenizer than {loaded.name} has now; use the base it was "
+                "trained on"
+            )
+    return from_dict(info.template, loaded.tokenizer) if info.template else None
+
+
+def _settings(adapter: Adapter) -> dict[str, Any]:
+    from pydantic import TypeAdapter
+
+    plain: dict[str, Any] = TypeAdapter(type(adapter.settings)).dump_python(adapter.settings, mode="json")
+    return plain
+
+
+def _console() -> Console:
+    from rich.console import Console as RichConsole
+
+    return RichConsole(stderr=True, highlight=False)

@@ -1,0 +1,47 @@
+"""Measure a model on the rows of a data set that it was not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tunesmith.config import DataSection
+from tunesmith.data.catalog import resolve_data
+from tunesmith.data.encode import encode_rows
+from tunesmith.data.schemas import Row, labels
+from tunesmith.data.segments import Template
+from tunesmith.data.sources import read_splits
+from tunesmith.errors import DataError
+from tunesmith.evaluate.run import measure
+from tunesmith.evaluate.subject import Subject
+from tunesmith.model.llama import Llama
+from tunesmith.tokenizer import Tokenizer
+
+
+def evaluate_rows(
+    model: Llama,
+    tokenizer: Tokenizer,
+    template: Template,
+    section: DataSection,
+    *,
+    split: str,
+    limit: int | None,
+    metrics: Sequence[str],
+    adapters: tuple[str, ...] | None,
+) -> dict[str, Any]:
+    """Measure `metrics` on the first `limit` rows of `split` ("train", "valid" or "test") of `section.train`.
+
+    A file is one split, whatever it is called. Without `metrics`: eval_loss, and accuracy where rows have labels.
+    Raises DataError where the data has no such split, ConfigError for an unknown metric.
+    """
+    path = resolve_data(section.train)
+    splits = read_splits(path, schema=section.schema, instruction=section.instruction)
+    rows: list[Row] = splits.train if path.is_file() else getattr(splits, split)
+    if not rows:
+        raise DataError(f"{path}: has no {split} rows; choose another with --split")
+    names = section.labels or labels(splits.train or rows)
+    rows = rows[:limit]
+    encoded = encode_rows(rows, template, tokenizer, cutoff=section.cutoff, cut=section.cut)
+    subject = Subject(model, tokenizer, template, tuple(rows), encoded.examples, tuple(names), adapters)
+    wanted = list(metrics) or ["eval_loss", *(["accuracy"] if len(names) > 1 else [])]
+    return {"data": section.train, "split": split, "rows": len(rows), **measure(subject, wanted)}

@@ -1,0 +1,58 @@
+"""`tunesmith plan`: what a run would do and need, from its configuration and data, without loading weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tunesmith.adapters import attach
+from tunesmith.config import Run
+from tunesmith.data.catalog import resolve_model
+from tunesmith.model.llama import Llama
+from tunesmith.model.load import load_config
+from tunesmith.prepare import choose_device, choose_dtype, load_data, memory_job, template_for
+from tunesmith.tokenizer import load_tokenizer
+from tunesmith.train.loop import make_plan
+from tunesmith.train.memory import GIB, available_memory
+from tunesmith.train.memory import plan as plan_memory
+
+
+def plan_run(run: Run) -> dict[str, Any]:
+    """Steps, tokens, trained parameters and memory by part (GiB). Raises OutOfMemory where not even one row fits."""
+    path = resolve_model(run.model.path, revision=run.model.revision)
+    tokenizer = load_tokenizer(path)
+    data = load_data(run, tokenizer, template_for(run, tokenizer))
+    device = choose_device(run.model.device)
+    dtype = choose_dtype(run.model.dtype, device)
+    with torch.device("meta"):
+        model = Llama(load_config(path)).to(dtype)
+    model.requires_grad_(False)
+    adapter = attach(model, run.adapter, seed=run.train.seed)
+    job, why = memory_job(run, model, adapter, data)
+    steps = make_plan(
+        run.train,
+        len(data.train.examples),
+        learning_rate=run.train.learning_rate or adapter.method.learning_rate,
+        pack_tokens=job.pack_tokens,
+        dropout=bool(getattr(adapter.settings, "dropout", 0.0)),
+        eval_steps=run.evaluate.every_steps,
+    )
+    memory = plan_memory(replace(job, device=device.type))
+    return {
+        "method": adapter.kind,
+        "trainable_parameters": job.trainable,
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "rows": len(data.train.examples),
+        "tokens": data.train.report.tokens,
+        "supervised_tokens": data.train.report.supervised,
+        "steps": steps.steps,
+        "steps_per_epoch": steps.steps_per_epoch,
+        "pack_tokens": job.pack_tokens,
+        "why": why,
+        "dtype": str(dtype).removeprefix("torch."),
+        "memory_gib": round(memory.total / GIB, 2),
+        "memory_parts_gib": {part: round(size / GIB, 3) for part, size in memory.parts.items()},
+        "available_gib": round(available_memory(device) / GIB, 2),
+    }
