@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -137,7 +137,8 @@ def _verify(
         fresh=fresh,
         run_dtype=dtype if isinstance(dtype, str) else None,
     )
-    checks = tuple(check for make in CHECKS if (check := make(evidence)) is not None)
+    made = (make(evidence) for make in CHECKS)
+    checks = tuple(replace(check, cure="" if check.ok else check.cure) for check in made if check is not None)
     versions = {"tunesmith": __version__, "torch": torch.__version__, "python": platform.python_version()}
     return VerifyReport(subject, checks, versions, datetime.now(UTC).isoformat(timespec="seconds"))
 
