@@ -76,7 +76,7 @@ def peft_twin(theirs: Any, spec: Mapping[str, Any], adapter: Adapter) -> tuple[A
 def padded_step(
     model: Any, examples: Sequence[Example], trained: Mapping[str, Tensor]
 ) -> tuple[list[Tensor], float, Tensor]:
-    """Logits of every example, the mean loss over supervised tokens, and the gradient, of a batch padded at its ends."""
+    """Logits of every example, the mean loss over supervised tokens, and the gradient, of a batch padded at its end."""
     longest = max(len(e.ids) for e in examples)
     ids = torch.zeros(len(examples), longest, dtype=torch.long)
     attention, labels = torch.zeros_like(ids), torch.full_like(ids, -100)

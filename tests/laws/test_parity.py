@@ -1,6 +1,8 @@
-"""Logits, loss and LoRA gradients of one packed, prefix-shared row equal those of transformers and PEFT on a padded batch.
+"""Logits, loss and LoRA gradients of one packed, prefix-shared row equal those of transformers and PEFT on a padded
+batch.
 
-Every architecture flag, on small random models, in float64 and float32; in bfloat16, no farther from float64 than theirs.
+Every architecture flag, on small random models, in float64 and float32; in bfloat16, no farther from float64 than
+theirs.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ SIZES = {
 }
 ROPE3 = {
     "rope_type": "llama3",
-    "rope_theta": 500.0,
+    "rope_theta": 20.0,  # one wavelength in each of the three ranges, the blended one included
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
