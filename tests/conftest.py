@@ -9,6 +9,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,57 @@ def _resolved(resolve, name: str) -> Path:
         if os.environ.get("CI"):  # there, a test that cannot run has failed
             raise
         pytest.skip(f"NOT TESTED, {name} is neither in the cache nor to be fetched: {error}")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaMA of two layers with its tokenizer and chat template, as a Hugging Face folder. Do not change it."""
+    from tests.tiny import write_base
+
+    return write_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 reviews with labels for training and 8 for validation, as a folder. Do not change it."""
+    from tests.tiny import reviews, write_rows
+
+    folder = tmp_path_factory.mktemp("reviews")
+    write_rows(folder / "train.jsonl", reviews(24))
+    write_rows(folder / "valid.jsonl", reviews(8, seed=1))
+    return folder
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify in this process: a fresh one takes seconds, and tests/export and test_workflow.py see to that."""
+    from functools import partial
+
+    from tunesmith import workflow
+
+    monkeypatch.setattr(workflow, "verify_run", partial(workflow.verify_run, fresh=False))
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]):
+    """Run `tunesmith ARGS` in this process: (exit code, stdout, stderr)."""
+    from tunesmith.cli import main
+
+    def run(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(arg) for arg in args])
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return run
+
+
+@pytest.fixture
+def single_thread() -> Iterator[None]:
+    """One torch thread, as in the child processes that results are compared with; the number comes back afterwards."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -62,7 +62,8 @@ def load(
     """Load a base model (catalog or hub name, folder, .gguf), a run folder or an adapter folder with its base.
 
     `adapter`: a path, or several by name. Tokenizer and template are checked against those the adapter was trained
-    with. Raises CatalogError, ModelError, TokenizerError, AdapterError.
+    with; `auto` is the precision that a run was trained in. Raises CatalogError, ModelError, TokenizerError,
+    AdapterError.
     """
     named = {"default": Path(adapter)} if isinstance(adapter, str | Path) else _paths(adapter)
     if name is not None and (own := adapter_folder(Path(name))) is not None:
@@ -70,6 +71,10 @@ def load(
         name = None
     infos = {key: read_info(adapter_folder(path) or path) for key, path in named.items()}
     base = str(name) if name is not None else _base_of(infos)
+    trained = _trained_as(named)
+    if trained is not None:
+        dtype = trained.dtype if dtype == "auto" else dtype
+        revision = revision or (trained.revision if trained.path == base else None)
     loaded = load_base(ModelSection(path=base, revision=revision, dtype=dtype, device=device))  # type: ignore[arg-type]
     for key, info in infos.items():
         loaded.adapters[key] = load_adapter(info.folder, loaded.model, key, identity=loaded.identity)
@@ -225,7 +230,7 @@ def evaluate(
     from tunesmith.evaluate.held_out import evaluate_rows
 
     folder = adapter_folder(Path(target))
-    loaded = load(base, adapter=folder) if folder is not None else load(target)
+    loaded = load(base, adapter=target) if folder is not None else load(target)
     config = Path(target) / "config.yaml"
     if data is not None:
         section = DataSection(train=data)
@@ -277,6 +282,13 @@ def adapter_folder(path: Path) -> Path | None:
         if (folder / "adapter_config.json").is_file() or (folder / "tunesmith.json").is_file():
             return folder
     return None
+
+
+def _trained_as(adapters: Mapping[str, Path]) -> ModelSection | None:
+    """The model section of the only run among these folders."""
+    configs = {folder / "config.yaml" for path in adapters.values() for folder in (path, path.parent)}
+    found = [path for path in configs if path.is_file()]
+    return load_run(found[0])[0].model if len(found) == 1 and len(adapters) == 1 else None
 
 
 def _paths(adapters: Mapping[str, str | Path] | None) -> dict[str, Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +11,18 @@ from tunesmith.config import Run
 from tunesmith.data.catalog import resolve_model
 from tunesmith.model.llama import Llama
 from tunesmith.model.load import load_config
-from tunesmith.prepare import choose_device, choose_dtype, load_data, memory_job, template_for
+from tunesmith.prepare import (
+    base_of,
+    check_precision,
+    choose_device,
+    choose_dtype,
+    load_data,
+    memory_job,
+    template_for,
+)
 from tunesmith.tokenizer import load_tokenizer
 from tunesmith.train.loop import make_plan
-from tunesmith.train.memory import GIB, available_memory
+from tunesmith.train.memory import GIB, usable_memory
 from tunesmith.train.memory import plan as plan_memory
 
 
@@ -25,12 +32,13 @@ def plan_run(run: Run) -> dict[str, Any]:
     tokenizer = load_tokenizer(path)
     data = load_data(run, tokenizer, template_for(run, tokenizer))
     device = choose_device(run.model.device)
-    dtype = choose_dtype(run.model.dtype, device)
+    dtype = choose_dtype(base_of(run).dtype, device)
     with torch.device("meta"):
         model = Llama(load_config(path)).to(dtype)
     model.requires_grad_(False)
     adapter = attach(model, run.adapter, seed=run.train.seed)
-    job, why = memory_job(run, model, adapter, data)
+    check_precision(adapter)
+    job, why = memory_job(run, model, adapter, data, device)
     steps = make_plan(
         run.train,
         len(data.train.examples),
@@ -39,7 +47,7 @@ def plan_run(run: Run) -> dict[str, Any]:
         dropout=bool(getattr(adapter.settings, "dropout", 0.0)),
         eval_steps=run.evaluate.every_steps,
     )
-    memory = plan_memory(replace(job, device=device.type))
+    memory = plan_memory(job)
     return {
         "method": adapter.kind,
         "trainable_parameters": job.trainable,
@@ -54,5 +62,5 @@ def plan_run(run: Run) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "memory_gib": round(memory.total / GIB, 2),
         "memory_parts_gib": {part: round(size / GIB, 3) for part, size in memory.parts.items()},
-        "available_gib": round(available_memory(device) / GIB, 2),
+        "available_gib": round(usable_memory(device) / GIB, 2),
     }

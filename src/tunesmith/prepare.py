@@ -23,9 +23,16 @@ from tunesmith.data.templates import get_template
 from tunesmith.errors import ConfigError
 from tunesmith.hardware import recommended_dtype
 from tunesmith.model.llama import Llama
-from tunesmith.model.load import load_model, model_identity
+from tunesmith.model.load import load_config, load_model, model_identity
 from tunesmith.tokenizer import Tokenizer, check_fits, load_tokenizer
-from tunesmith.train.memory import LINEARS, Job, available_memory, choose_pack_tokens
+from tunesmith.train.memory import (
+    LINEARS,
+    Job,
+    check_pack_fits,
+    check_weights_fit,
+    choose_pack_tokens,
+    usable_memory,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,6 +47,7 @@ class Loaded:
     model: Llama
     tokenizer: Tokenizer
     identity: dict[str, Any]
+    revision: str | None = None
     template: Template | None = None
     adapters: dict[str, Adapter] = field(default_factory=dict)
     templates: dict[str, Template] = field(default_factory=dict)  # of each adapter, as it was trained
@@ -57,13 +65,32 @@ class Data:
 
 
 def load_base(section: ModelSection) -> Loaded:
-    """Resolve, check and load a base model. Raises CatalogError, ModelError, TokenizerError."""
+    """Resolve, check and load a base model. Raises CatalogError, ModelError, TokenizerError, OutOfMemory."""
     path = resolve_model(section.path, revision=section.revision)
     device = choose_device(section.device)
+    dtype = choose_dtype(section.dtype, device)
     tokenizer = load_tokenizer(path)
-    model = load_model(path, dtype=choose_dtype(section.dtype, device), device=device)
+    check_weights_fit(load_config(path), dtype, device)
+    model = load_model(path, dtype=dtype, device=device)
     check_fits(tokenizer, model.config)
-    return Loaded(section.path, path, model, tokenizer, model_identity(path))
+    return Loaded(section.path, path, model, tokenizer, model_identity(path), section.revision)
+
+
+def base_of(run: Run) -> ModelSection:
+    """The run's model section; `auto` is float32 where the base's own weights are trained (see `check_precision`)."""
+    trains_base = getattr(find_method(str(run.adapter["kind"])), "trains_base", False)
+    return replace(run.model, dtype="float32") if trains_base and run.model.dtype == "auto" else run.model
+
+
+def check_precision(adapter: Adapter) -> None:
+    """Raise ConfigError where base weights are trained in half precision: rounding would swallow their updates."""
+    for name, parameter in adapter.base.items():
+        if parameter.dtype.itemsize < 4:
+            raise ConfigError(
+                f"model.dtype: {adapter.kind} trains the base's own weights ({name}, ...), and "
+                f"{str(parameter.dtype).removeprefix('torch.')} rounds their small updates away; set "
+                "model.dtype=float32, or train an adapter such as lora"
+            )
 
 
 def choose_device(name: str) -> torch.device:
@@ -131,16 +158,16 @@ def show_report(data: Data, console: Console) -> None:
     for name, encoded in (("train", data.train), ("valid", data.valid)):
         if encoded is not None:
             for line in encoded.report.lines():
-                console.print(f"{name}: {line}", markup=False)
+                console.print(f"{name}: {line}", markup=False, soft_wrap=True)
             for problem in encoded.report.problems():
-                console.print(f"{name}: warning: {problem}", markup=False, style="yellow")
+                console.print(f"{name}: warning: {problem}", markup=False, style="yellow", soft_wrap=True)
 
 
 def resolve(run: Run, loaded: Loaded, pack_tokens: int) -> Run:
     """The run with every automatic choice written down, so that a rerun or a resume makes the same ones."""
     method = find_method(str(run.adapter["kind"]))
     dtype = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}[loaded.model.dtype]
-    model = replace(run.model, dtype=dtype, device=str(loaded.model.device))  # type: ignore[arg-type]
+    model = replace(run.model, dtype=dtype, device=str(loaded.model.device), revision=loaded.revision)  # type: ignore[arg-type]
     rate = run.train.learning_rate or method.learning_rate
     train = replace(run.train, pack_tokens=pack_tokens, learning_rate=rate, resume=None)
     return replace(run, model=model, train=train)
@@ -153,13 +180,20 @@ def attach_adapter(run: Run, loaded: Loaded, name: str = "default") -> Adapter:
     return adapter
 
 
-def memory_job(run: Run, model: Llama, adapter: Adapter, data: Data) -> tuple[Job, str]:
-    """The memory job of the run with its pack size, and a line that says why it is that size."""
+def memory_job(
+    run: Run, model: Llama, adapter: Adapter, data: Data, device: torch.device | None = None
+) -> tuple[Job, str]:
+    """The memory job of the run with its pack size, and a line that says why it is that size.
+
+    `device` is where the run will be, if the model is not there. Raises OutOfMemory.
+    """
+    device = device or model.device
     report, size = data.train.report, model.dtype.itemsize
     job = Job(
         model.config,
         trainable=sum(p.numel() for p in adapter.trainable.values()),
         pack_tokens=run.train.pack_tokens or 0,
+        of_base=sum(p.numel() for p in adapter.base.values()),
         weight_bytes=size,
         activation_bytes=size,
         targets=frozenset(place.split(".")[-2] for place in adapter.deltas) or frozenset(LINEARS),
@@ -167,11 +201,12 @@ def memory_job(run: Run, model: Llama, adapter: Adapter, data: Data) -> tuple[Jo
         supervised=report.share,
         longest=report.longest,
         recompute=run.train.recompute,
-        device=model.device.type,
+        device=device.type,
     )
     if run.train.pack_tokens:
+        check_pack_fits(job, usable_memory(device))
         return job, f"packs of {run.train.pack_tokens} tokens, as configured"
-    tokens, why = choose_pack_tokens(job, available_memory(model.device), report.longest)
+    tokens, why = choose_pack_tokens(job, usable_memory(device), report.longest)
     return replace(job, pack_tokens=tokens), why
 
 

@@ -7,6 +7,7 @@ prepare -> plan memory -> [measure, sample] -> train -> best checkpoint -> save 
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,10 @@ import tunesmith
 from tunesmith.adapters import Adapter
 from tunesmith.adapters.peft_format import save_adapter
 from tunesmith.compare.report import write_report
-from tunesmith.config import Run
-from tunesmith.data.encode import encode_prompt
+from tunesmith.config import Run, load_run
+from tunesmith.data.encode import Example, encode_prompt
 from tunesmith.errors import CheckpointError, ConfigError
+from tunesmith.evaluate.language_model import language_model_metrics
 from tunesmith.evaluate.run import find_metric, measure
 from tunesmith.evaluate.subject import Subject
 from tunesmith.export.verify import verify_run, write_probe
@@ -34,6 +36,8 @@ from tunesmith.prepare import (
     Data,
     Loaded,
     attach_adapter,
+    base_of,
+    check_precision,
     load_base,
     load_data,
     memory_job,
@@ -43,9 +47,9 @@ from tunesmith.prepare import (
     template_for,
 )
 from tunesmith.train.checkpoint import latest_checkpoint
-from tunesmith.train.guards import check_tokenizer_ids
-from tunesmith.train.log import MetricsFile, Progress, open_trackers
-from tunesmith.train.loop import Trainer, make_plan
+from tunesmith.train.guards import check_tokenizer_ids, explain_nonfinite
+from tunesmith.train.log import MetricsFile, Progress, check_trackers, open_trackers
+from tunesmith.train.loop import Plan, Trainer, make_plan
 from tunesmith.train.memory import GIB, MemoryPlan, peak_memory
 from tunesmith.train.memory import plan as plan_memory
 from tunesmith.train.reporter import RunLog
@@ -75,29 +79,29 @@ def train_run(run: Run, console: Console, loaded: Loaded | None = None) -> Outco
     """
     began = time.perf_counter()
     folder, checkpoint = run_folder(run)
-    for metric in (*run.evaluate.metrics, run.evaluate.best):
-        find_metric(metric)
-    loaded = loaded or load_base(run.model)
+    if checkpoint is not None:
+        run = as_begun(run, folder)
+    _check_names(run)
+    loaded = loaded or load_base(base_of(run))
     loaded.template = template_for(run, loaded.tokenizer)
-    config = loaded.model.config
-    for line in check_tokenizer_ids(loaded.tokenizer, config.vocab_size, config.eos_token_ids):
-        console.print(f"tokenizer: {line}", markup=False)
     data = load_data(run, loaded.tokenizer, loaded.template)
-    show_report(data, console)
+    _check_data(run, loaded, data, console)
     adapter = loaded.adapters.get("default") or attach_adapter(run, loaded)
+    check_precision(adapter)
     job, why = memory_job(run, loaded.model, adapter, data)
     planned = plan_memory(job)
     for line in (why, *planned.lines()):
-        console.print(line, markup=False)
+        _say(console, line)
     run = resolve(replace(run, name=folder.name), loaded, job.pack_tokens)
+    plan = _steps(run, adapter, data)
     trainable = sum(p.numel() for p in adapter.trainable.values())
     total = sum(p.numel() for p in loaded.model.parameters())
-    console.print(f"{adapter.kind}: {trainable:,} trainable of {total:,} parameters ({trainable / total:.2%})")
+    _say(console, f"{adapter.kind}: {trainable:,} trainable of {total:,} parameters ({trainable / total:.2%})")
     if checkpoint is None:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(folder / "config.yaml", run.dump_yaml())
     before, shown = _before(run, loaded, data, folder, checkpoint, console)
-    after = _train(run, loaded, adapter, data, folder, checkpoint, console)
+    after = _train(run, plan, loaded, adapter, data, folder, checkpoint, console)
     samples = _answers(run, loaded, data, shown, "after")
     save_run_adapter(run, loaded, adapter, data, folder)
     report = verify_run(folder, base=loaded.path)
@@ -108,9 +112,59 @@ def train_run(run: Run, console: Console, loaded: Loaded | None = None) -> Outco
     write_report(
         folder, samples=samples, before=before, after=after, facts=_facts(outcome, run, planned, peak, trainable)
     )
-    console.print(planned.lines(peak)[0], markup=False)
+    _say(console, planned.lines(peak)[0])
     report.raise_if_failed()
     return outcome
+
+
+def _say(console: Console, line: str) -> None:
+    """A line as it is: whatever the width, and whatever looks like markup in it."""
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def _check_names(run: Run) -> None:
+    """Raise ConfigError for a metric or a tracker that is not there, before anything is loaded."""
+    for metric in (*run.evaluate.metrics, run.evaluate.best):
+        find_metric(metric)
+    check_trackers(run.log.report_to)
+
+
+def _check_data(run: Run, loaded: Loaded, data: Data, console: Console) -> None:
+    """Say what is odd about tokenizer and data. Raises TokenizerError, ConfigError for measures without rows."""
+    config = loaded.model.config
+    for line in check_tokenizer_ids(loaded.tokenizer, config.vocab_size, config.eos_token_ids, config.bos_token_id):
+        _say(console, f"tokenizer: {line}")
+    show_report(data, console)
+    asked = {"evaluate.metrics": run.evaluate.metrics, "evaluate.patience": run.evaluate.patience}
+    for key, value in asked.items():
+        if value and data.valid is None:
+            raise ConfigError(f"{key}: there are no held-out rows to measure on; give data.valid, or data.valid_size")
+
+
+def _steps(run: Run, adapter: Adapter, data: Data) -> Plan:
+    """The run's arithmetic in optimizer steps. Raises ConfigError for a warm-up that never ends."""
+    return make_plan(
+        run.train,
+        len(data.train.examples),
+        learning_rate=run.train.learning_rate or adapter.method.learning_rate,
+        pack_tokens=run.train.pack_tokens or 1,
+        dropout=bool(getattr(adapter.settings, "dropout", 0.0)),
+        eval_steps=run.evaluate.every_steps,
+    )
+
+
+def as_begun(run: Run, folder: Path) -> Run:
+    """The run with what its start chose by itself (RUN/config.yaml): memory or hardware may look different now."""
+    if not (folder / "config.yaml").is_file():
+        return run
+    begun, _ = load_run(folder / "config.yaml")
+    model, train = run.model, run.train
+    if model.dtype == "auto":
+        model = replace(model, dtype=begun.model.dtype)
+    if model.device == "auto":
+        model = replace(model, device=begun.model.device)
+    pack, rate = train.pack_tokens or begun.train.pack_tokens, train.learning_rate or begun.train.learning_rate
+    return replace(run, model=model, train=replace(train, pack_tokens=pack, learning_rate=rate))
 
 
 def _facts(outcome: Outcome, run: Run, planned: MemoryPlan, peak: int, trainable: int) -> dict[str, str]:
@@ -144,15 +198,24 @@ def run_folder(run: Run) -> tuple[Path, Path | None]:
         return path.parent, path
     checkpoint = latest_checkpoint(path)
     if checkpoint is None:
-        raise CheckpointError(f"{path}: has no complete checkpoint to resume from; start the run again")
+        raise CheckpointError(
+            f"{path}: has no complete checkpoint to resume from, so nothing of it is lost: remove the folder and start "
+            "the run again"
+        )
     return path, checkpoint
+
+
+# What a run that failed or was stopped before its first step leaves: another may begin there.
+_BEFORE_TRAINING = {"config.yaml", "before.json"}
 
 
 def _new_folder(run: Run) -> Path:
     if run.name is not None:
         folder = Path(run.output_dir) / run.name
-        if folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"name: {folder} is there already; choose another name, or go on with --resume {folder}")
+        found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if folder.is_file() or found - _BEFORE_TRAINING:
+            way = f"go on with --resume {folder}" if latest_checkpoint(folder) else "remove that folder"
+            raise ConfigError(f"name: {folder} is there already; choose another name, or {way}")
         return folder
     parts = (Path(run.model.path).stem, Path(run.data.train).name.split(".")[0], str(run.adapter["kind"]))
     stem = "-".join("".join(c if c.isalnum() or c in "._-" else "-" for c in part) for part in parts)
@@ -164,21 +227,21 @@ def _new_folder(run: Run) -> Path:
 
 
 def _train(
-    run: Run, loaded: Loaded, adapter: Adapter, data: Data, folder: Path, checkpoint: Path | None, console: Console
+    run: Run,
+    plan: Plan,
+    loaded: Loaded,
+    adapter: Adapter,
+    data: Data,
+    folder: Path,
+    checkpoint: Path | None,
+    console: Console,
 ) -> dict[str, float]:
     """Run the loop to its end, leave the best parameters in the model, and return their measures."""
     settings = run.train
-    plan = make_plan(
-        settings,
-        len(data.train.examples),
-        learning_rate=settings.learning_rate or 0.0,
-        pack_tokens=settings.pack_tokens or 1,
-        dropout=bool(getattr(adapter.settings, "dropout", 0.0)),
-        eval_steps=run.evaluate.every_steps,
-    )
     if settings.share_prefix and not plan.share_prefix:
-        console.print(
-            "dropout is on, so each example draws its own: prefixes are not shared, which costs their tokens again"
+        _say(
+            console,
+            "dropout is on, so each example draws its own: prefixes are not shared, which costs their tokens again",
         )
     start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     trackers = open_trackers(
@@ -200,7 +263,7 @@ def _train(
             plan,
             folder,
             log,
-            evaluator=None if data.valid is None else lambda: _measure(run, loaded, data),
+            evaluator=None if data.valid is None else lambda: _measure(run, loaded, data, step=trainer.progress.step),
             best_metric=run.evaluate.best,
             higher_is_better=find_metric(run.evaluate.best).higher_is_better,
             patience=run.evaluate.patience,
@@ -208,7 +271,9 @@ def _train(
         )
         if checkpoint is not None:
             trainer.resume(checkpoint)
-            log.say(f"resumed from {checkpoint} at step {trainer.progress.step} of {plan.steps}")
+            what = "its training had ended, so only its end is made again: save, verify, report"
+            what = what if trainer.finished else f"{plan.steps - trainer.progress.step} steps to go"
+            log.say(f"resumed from {checkpoint} at step {trainer.progress.step} of {plan.steps}: {what}")
         trainer.run()
         step = trainer.load_best()
         if step != trainer.progress.step:
@@ -233,11 +298,23 @@ def subject_of(run: Run, loaded: Loaded, data: Data, adapters: tuple[str, ...] |
     )
 
 
-def _measure(run: Run, loaded: Loaded, data: Data, adapters: tuple[str, ...] | None = None) -> dict[str, float]:
+def _measure(
+    run: Run, loaded: Loaded, data: Data, adapters: tuple[str, ...] | None = None, step: int = 0
+) -> dict[str, float]:
+    """The measures asked for, on the held-out rows. Raises NumericalError for a loss that is not finite."""
     if data.valid is None:
         return {}
     names = dict.fromkeys(("eval_loss", *run.evaluate.metrics, run.evaluate.best))
-    return measure(subject_of(run, loaded, data, adapters), list(names))
+    subject = subject_of(run, loaded, data, adapters)
+    measured = measure(subject, list(names))
+    if math.isfinite(measured["eval_loss"]):
+        return measured
+
+    def forward(rows: Sequence[Example]) -> None:
+        language_model_metrics(loaded.model, rows, budget=subject.budget, adapters=adapters)
+
+    what, stopped = f"the held-out loss is {measured['eval_loss']}", "no checkpoint of it was saved"
+    raise explain_nonfinite(what, step, loaded.model, subject.examples, forward, stopped)
 
 
 def _before(
@@ -250,7 +327,7 @@ def _before(
         return stored["measured"], stored["samples"]
     measured = _measure(run, loaded, data, adapters=())
     if measured:
-        console.print("before: " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items()))
+        _say(console, "before: " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items()))
     samples = _answers(run, loaded, data, [], "before", adapters=())
     atomic_write_json(kept, {"measured": measured, "samples": samples})
     return measured, samples

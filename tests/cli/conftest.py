@@ -38,6 +38,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
     monkeypatch.setitem(sys.modules, "tunesmith.api", fake)
     monkeypatch.setattr(tunesmith, "api", fake, raising=False)
     monkeypatch.setitem(sys.modules, "tunesmith.workflow", fake)
+    monkeypatch.setitem(sys.modules, "tunesmith.demo", fake)
     return fake
 
 

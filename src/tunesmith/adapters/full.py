@@ -25,6 +25,7 @@ class Full:
     learning_rate = 2e-5
     identity_at_init = True
     mergeable = False
+    trains_base = True  # so the base is held in float32: half precision would round small updates away
 
     def place(self, model: Llama, settings: FullSettings) -> Iterator[Placement]:
         """No deltas."""

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from tunesmith.cli.shell import app, command, console, note, out, out_json
-from tunesmith.errors import ConfigError
+from tunesmith.errors import CheckpointError, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from tunesmith.config import Run
@@ -119,8 +119,8 @@ def demo(
 def read_run(words: list[str], flags: dict[str, Any]) -> Run:
     """Return the run that a command's words and flags describe; its notes go to stderr. Raises ConfigError."""
     config, overrides = split_words(words)
-    if config is None:
-        config = _config_of_resumed(flags.get("train.resume"))
+    if config is None and (resume := flags.get("train.resume")) is not None:
+        config = _config_of_resumed(resume, any(flags.get(key) for key in ("model.path", "data.train")))
     if config is None and not overrides and not any(flags.values()):
         raise ConfigError(
             "nothing to train: give a YAML file, or --model NAME and --data FILE; 'tunesmith demo' shows a whole run"
@@ -141,10 +141,19 @@ def split_words(words: list[str]) -> tuple[Path | None, list[str]]:
     return (Path(files[0]) if files else None), [word for word in words if word not in files]
 
 
-def _config_of_resumed(resume: str | None) -> Path | None:
-    """The configuration in the run folder that `--resume PATH` points into."""
-    if resume is None or resume == "latest":
-        return None
+def _config_of_resumed(resume: str, described: bool) -> Path | None:
+    """The configuration in the run folder that `--resume PATH` points into.
+
+    Raises CheckpointError where there is none and the run is not `described` by other words.
+    """
     folder = Path(resume)
-    found = [place / "config.yaml" for place in (folder, folder.parent) if (place / "config.yaml").is_file()]
-    return found[0] if found else None
+    places = () if resume == "latest" else (folder, folder.parent)
+    found = [place / "config.yaml" for place in places if (place / "config.yaml").is_file()]
+    if found or described:
+        return found[0] if found else None
+    if resume == "latest":
+        raise CheckpointError("--resume: say which run to go on with: tunesmith train --resume runs/NAME")
+    if not folder.is_dir():
+        near = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise CheckpointError(f"--resume {resume}: no such run folder{did_you_mean(folder.name, near)}")
+    raise CheckpointError(f"--resume {resume}: holds no config.yaml, so it is no run folder; give the folder of a run")

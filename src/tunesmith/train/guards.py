@@ -161,11 +161,17 @@ def first_bad_row(rows: Sequence[T], is_bad: Callable[[Sequence[T]], bool]) -> T
 
 
 def explain_nonfinite(
-    what: str, step: int, model: nn.Module, rows: Sequence[T], run_forward: Callable[[Sequence[T]], Any]
+    what: str,
+    step: int,
+    model: nn.Module,
+    rows: Sequence[T],
+    run_forward: Callable[[Sequence[T]], Any],
+    stopped: str = "the optimizer step was not made",
 ) -> NumericalError:
     """Give the error for a step whose `what` ("loss is nan") is not finite: the first layer, the data row, the cure.
 
-    `run_forward(rows)` runs the model over some of the step's rows, each of which tells its origin in `source`.
+    `run_forward(rows)` runs the model over some of the step's rows, each of which tells its origin in `source`;
+    `stopped` says what therefore did not happen.
     """
     row = first_bad_row(rows, lambda part: first_nonfinite_layer(model, lambda: run_forward(part)) is not None)
     layer = first_nonfinite_layer(model, lambda: run_forward(rows if row is None else [row]))
@@ -174,14 +180,16 @@ def explain_nonfinite(
     cure = "the weights themselves are damaged: load another copy"
     if layer is None or not layer.role.startswith("parameter"):
         cure = "lower train.learning_rate, or use model.dtype=bfloat16 or float32"
-    return NumericalError(f"step {step}: {what}; {where}{culprit}; the optimizer step was not made; {cure}")
+    return NumericalError(f"step {step}: {what}; {where}{culprit}; {stopped}; {cure}")
 
 
-def check_tokenizer_ids(tokenizer: HasSpecialIds, vocab_size: int, eos_token_ids: Sequence[int] = ()) -> list[str]:
-    """Hold a tokenizer against its model (`vocab_size` rows of embedding, the model's own EOS ids).
+def check_tokenizer_ids(
+    tokenizer: HasSpecialIds, vocab_size: int, eos_token_ids: Sequence[int] = (), bos_token_id: int | None = None
+) -> list[str]:
+    """Hold a tokenizer against its model (`vocab_size` rows of embedding, the model's own EOS ids and BOS id).
 
-    Raises TokenizerError for an id without an embedding, or without any EOS. Returns warnings: an EOS that the model
-    does not know, pad = EOS, pad = BOS.
+    Raises TokenizerError for an id without an embedding, or without any EOS. Returns warnings: an EOS or a BOS that
+    the model does not know, pad = EOS, pad = BOS.
     """
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id, **tokenizer.special_tokens}
     outside = [f"{name} ({value})" for name, value in ids.items() if value is not None and not 0 <= value < vocab_size]
@@ -200,6 +208,11 @@ def check_tokenizer_ids(tokenizer: HasSpecialIds, vocab_size: int, eos_token_ids
         said.append(
             f"the tokenizer ends a text with id {tokenizer.eos_id}, the model's configuration says {expected}: "
             "generation stops at either; check tokenizer_config.json if answers never end"
+        )
+    if tokenizer.bos_id is not None and bos_token_id is not None and tokenizer.bos_id != bos_token_id:
+        said.append(
+            f"the tokenizer begins a text with id {tokenizer.bos_id}, the model's configuration says {bos_token_id}: "
+            "check tokenizer_config.json, or the model reads every text as one that it never saw begin"
         )
     if tokenizer.pad_id is not None and tokenizer.pad_id == tokenizer.eos_id:
         said.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import logging
 import math
@@ -147,6 +148,13 @@ TRACKERS: dict[str, Callable[[str, str, Path, Mapping[str, Any], int], Tracker]]
     "trackio": Trackio,
     "wandb": WandB,
 }
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ConfigError for a tracker whose package is missing; a run asks this before it does anything."""
+    for kind in names:
+        if importlib.util.find_spec(kind) is None:
+            raise ConfigError(f"log.report_to: {kind} is not installed; pip install 'tunesmith[{kind}]'")
 
 
 class Trackers:

@@ -85,6 +85,7 @@ class Progress:
     best: float | None = None
     best_step: int | None = None
     worse: int = 0  # evaluations since the best one
+    last_loss: float | None = None
     evaluations: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -152,14 +153,13 @@ class Trainer:
         self.progress = Progress()
         self._stop = False
         self._order: tuple[int, np.ndarray] | None = None
-        self._last_loss: float | None = None
         self._warned: set[str] = set()
 
     def run(self) -> Progress:
         """Train to the end, or to an early stop. Raises Interrupted after a checkpoint when Ctrl-C was pressed."""
         self.model.train()
         with self._interruptible():
-            while self.progress.step < self.plan.steps and not self._patience_is_out():
+            while not self.finished:
                 values = self._step()
                 step, done = self.progress.step, self.progress.step == self.plan.steps
                 best = False
@@ -177,6 +177,11 @@ class Trainer:
                     )
         self.model.eval()
         return self.progress
+
+    @property
+    def finished(self) -> bool:
+        """Is there no step left to make?"""
+        return self.progress.step >= self.plan.steps or self._patience_is_out()
 
     def batch(self, step: int) -> list[int]:
         """The rows of optimizer step `step` (from 0), in an order that the seed and the epoch fix."""
@@ -200,12 +205,12 @@ class Trainer:
         supervised = sum(pack.supervised for pack in packs)
         self.optimizer.zero_grad(set_to_none=True)
         loss = sum(self._accumulate(pack, supervised, rows) for pack in packs)
-        self._warn("loss", guards.check_loss(loss, self.model.config.vocab_size, step + 1, previous=self._last_loss))
-        self._last_loss = loss
+        previous = self.progress.last_loss
+        self._warn("loss", guards.check_loss(loss, self.model.config.vocab_size, step + 1, previous=previous))
         rate = self.plan.schedule.learning_rate_at(step)
         norm = self._update(rate)
         tokens = sum(len(row.ids) for row in rows)
-        self.progress.step += 1
+        self.progress.step, self.progress.last_loss = step + 1, loss
         self.progress.tokens += tokens
         return {
             "step": step + 1,
@@ -260,6 +265,9 @@ class Trainer:
             self.optimizer.step()
             self.adapter.after_step()
             self.progress.updates += rate > 0
+        else:
+            step = self.progress.step + 1
+            self._warn("scale", f"step {step}: fp16 gradients overflowed, step skipped; the loss scale is halved")
         self.scaler.update(good)
         return norm
 

@@ -1,7 +1,8 @@
 """How much memory a run will take, from its configuration alone, and how much it took.
 
     weights      every base parameter once (a tied head is the embedding)
-    adapter      4 bytes a trainable parameter; gradients 4; optimizer 8 (AdamW's two moments), all float32
+    adapter      4 bytes a parameter that is added to the base's
+    gradients    4 bytes a trainable parameter; optimizer 8 (AdamW's two moments); all float32
     activations  tokens x what one layer keeps for its backward x layers
                  (recomputing: one layer's worth, and every layer's input), and the adapter's copies in a half dtype
     logits       one chunk of targets x vocabulary, three copies: the head's output, float32, its gradient
@@ -51,6 +52,7 @@ class Job:
     config: ModelConfig
     trainable: int  # parameters
     pack_tokens: int
+    of_base: int = 0  # how many of them are the base's own, so already among its weights
     weight_bytes: float = 2
     activation_bytes: int = 2
     targets: frozenset[str] = frozenset(LINEARS)  # adapted linears, by the last part of their names
@@ -119,7 +121,7 @@ def plan(job: Job) -> MemoryPlan:
     return MemoryPlan(
         {
             "weights": int(parameter_count(config) * job.weight_bytes),
-            "adapter": 4 * job.trainable,
+            "adapter": 4 * (job.trainable - job.of_base),
             "gradients": 4 * job.trainable,
             "optimizer": 8 * job.trainable,
             "activations": (kept + inputs if job.recompute else layers * kept) + copies,
@@ -137,6 +139,33 @@ def available_memory(device: str | torch.device = "cpu") -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return memory()[1]
+
+
+def usable_memory(device: str | torch.device = "cpu") -> int:
+    """Give the bytes that a plan may count on: what is available, and what this process holds already.
+
+    A plan counts weights and process too, and by the time it is made they may be there.
+    """
+    device = torch.device(device)
+    held = torch.cuda.memory_reserved(device) if device.type == "cuda" else resident_memory()[0]
+    return available_memory(device) + held
+
+
+def check_weights_fit(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> None:
+    """Raise OutOfMemory if a model's weights alone are more than there is, before anything of them is read."""
+    needed, there = parameter_count(config) * dtype.itemsize, usable_memory(device)
+    if needed > there:
+        smaller = "set model.dtype=bfloat16, or " if dtype.itemsize > 2 else ""
+        raise OutOfMemory(
+            f"the weights of this {parameter_count(config) / 1e6:,.0f}M model take {needed / GIB:.2f} GiB in "
+            f"{str(dtype).removeprefix('torch.')} and {there / GIB:.2f} GiB may be used; {smaller}use a smaller model"
+        )
+
+
+def check_pack_fits(job: Job, available: int) -> None:
+    """Raise OutOfMemory if a pack of the size that was configured needs more than there is."""
+    if plan(job).total > available:
+        raise OutOfMemory(f"train.pack_tokens: {_does_not_fit(job, available)}, or a smaller train.pack_tokens")
 
 
 def choose_pack_tokens(job: Job, available: int, longest_row: int) -> tuple[int, str]:
