@@ -46,10 +46,10 @@ from tunesmith.prepare import (
     show_report,
     template_for,
 )
-from tunesmith.train.checkpoint import latest_checkpoint
+from tunesmith.train.checkpoint import latest_checkpoint, seed_everything
 from tunesmith.train.guards import check_tokenizer_ids, explain_nonfinite
 from tunesmith.train.log import MetricsFile, Progress, check_trackers, open_trackers
-from tunesmith.train.loop import Plan, Trainer, make_plan
+from tunesmith.train.loop import Plan, Trainer, make_plan, read_checkpoint
 from tunesmith.train.memory import GIB, MemoryPlan, peak_memory
 from tunesmith.train.memory import plan as plan_memory
 from tunesmith.train.reporter import RunLog
@@ -243,7 +243,10 @@ def _train(
             console,
             "dropout is on, so each example draws its own: prefixes are not shared, which costs their tokens again",
         )
-    start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    fingerprint, start = run_fingerprint(run, loaded, data), 0
+    if checkpoint is not None:
+        read_checkpoint(checkpoint, fingerprint)  # refused before metrics.jsonl is cut to its step
+        start = int(checkpoint.name.rpartition("-")[2])
     trackers = open_trackers(
         run.log.report_to,
         project=run.log.project,
@@ -253,7 +256,7 @@ def _train(
         resume_step=start,
     )
     metrics = MetricsFile(folder / "metrics.jsonl", resume_step=start)
-    torch.manual_seed(settings.seed)
+    seed_everything(settings.seed)
     with RunLog(metrics, Progress(plan.steps, start_step=start, console=console), trackers, loaded.model.device) as log:
         trainer = Trainer(
             loaded.model,
@@ -267,7 +270,7 @@ def _train(
             best_metric=run.evaluate.best,
             higher_is_better=find_metric(run.evaluate.best).higher_is_better,
             patience=run.evaluate.patience,
-            fingerprint=run_fingerprint(run, loaded, data),
+            fingerprint=fingerprint,
         )
         if checkpoint is not None:
             trainer.resume(checkpoint)

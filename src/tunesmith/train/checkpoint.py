@@ -126,6 +126,15 @@ def prune_checkpoints(run_folder: str | Path, keep: int, protect: Iterable[str |
     return doomed
 
 
+def seed_everything(seed: int) -> None:
+    """Seed every generator whose state a checkpoint keeps, so that two runs with one seed save the same bytes."""
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # every CUDA device's as well
+
+
 def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Give the state of Python's, numpy's, torch's and every CUDA device's generator as (tensors, JSON-able state)."""
     import numpy

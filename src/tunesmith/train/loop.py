@@ -113,6 +113,17 @@ def make_plan(
     )
 
 
+def read_checkpoint(checkpoint: Path, fingerprint: str) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    """A checkpoint's tensors and state. Raises CheckpointError if it is damaged or of other data or settings."""
+    tensors, state = load_checkpoint(checkpoint)
+    if state["fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"{checkpoint}: was written by a run with other data, model or settings; resume with the config.yaml "
+            "of its run folder, or start a new run"
+        )
+    return tensors, state
+
+
 class Trainer:
     """One run of one adapter.
 
@@ -333,12 +344,7 @@ class Trainer:
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from `checkpoint`. Raises CheckpointError if it belongs to other data or settings."""
-        tensors, state = load_checkpoint(checkpoint)
-        if state["fingerprint"] != self.fingerprint:
-            raise CheckpointError(
-                f"{checkpoint}: was written by a run with other data, model or settings; resume with the config.yaml "
-                "of its run folder, or start a new run"
-            )
+        tensors, state = read_checkpoint(checkpoint, self.fingerprint)
         self.adapter.load_state(tensors["adapter"], str(checkpoint))
         names = {parameter: name for name, parameter in self.parameters.items()}
         unpack_optimizer(self.optimizer, names, tensors["optimizer"])
