@@ -10,8 +10,8 @@ from tunesmith.data.catalog import resolve_data
 from tunesmith.data.encode import encode_rows
 from tunesmith.data.schemas import Row, labels
 from tunesmith.data.segments import Template
-from tunesmith.data.sources import read_splits
-from tunesmith.errors import DataError
+from tunesmith.data.sources import SPLITS, read_splits
+from tunesmith.errors import ConfigError, DataError, did_you_mean
 from tunesmith.evaluate.run import measure
 from tunesmith.evaluate.subject import Subject
 from tunesmith.model.llama import Llama
@@ -32,8 +32,10 @@ def evaluate_rows(
     """Measure `metrics` on the first `limit` rows of `split` ("train", "valid" or "test") of `section.train`.
 
     A file is one split, whatever it is called. Without `metrics`: eval_loss, and accuracy where rows have labels.
-    Raises DataError where the data has no such split, ConfigError for an unknown metric.
+    Raises DataError where the data has no such split, ConfigError for an unknown split or metric.
     """
+    if split not in SPLITS:
+        raise ConfigError(f"--split {split}: should be one of {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}")
     path = resolve_data(section.train)
     splits = read_splits(path, schema=section.schema, instruction=section.instruction)
     rows: list[Row] = splits.train if path.is_file() else getattr(splits, split)
