@@ -1,23 +1,23 @@
 """Every error that Tunesmith raises on purpose: one line that says what is wrong, where, and what to do.
 
-    TunesmithError                exit code 2: bad input or configuration
-    |-- ConfigError               a key, a value or a combination of settings
-    |-- DataError                 a data file, or a row of it
-    |-- TemplateError             a prompt template
-    |-- TokenizerError            tokenizer files, or a tokenizer that does not fit the model
-    |-- ModelError                model files: names, shapes, missing weights, unknown architecture
-    |-- AdapterError              adapter files, or a method that cannot be attached
-    |   `-- CannotMerge           a method that cannot be folded into the base weights, with the reason
-    |-- CatalogError              a name that cannot be resolved or downloaded
-    |-- CheckpointError           a checkpoint that is incomplete or belongs to another run
-    |-- GenerationError           inconsistent generation settings
-    |-- ResourceError             exit code 3
-    |   |-- OutOfMemory
-    |   `-- DiskError
-    |-- Interrupted               exit code 130: stopped by the user, with a checkpoint
-    `-- CheckFailed               exit code 4
-        |-- VerificationError     what was saved is not what was trained
-        `-- NumericalError        a value that is not finite, or a training signal that is dead
+TunesmithError                exit code 2: bad input or configuration
+|-- ConfigError               a key, a value or a combination of settings
+|-- DataError                 a data file, or a row of it
+|-- TemplateError             a prompt template
+|-- TokenizerError            tokenizer files, or a tokenizer that does not fit the model
+|-- ModelError                model files: names, shapes, missing weights, unknown architecture
+|-- AdapterError              adapter files, or a method that cannot be attached
+|   `-- CannotMerge           a method that cannot be folded into the base weights, with the reason
+|-- CatalogError              a name that cannot be resolved or downloaded
+|-- CheckpointError           a checkpoint that is incomplete or belongs to another run
+|-- GenerationError           inconsistent generation settings
+|-- ResourceError             exit code 3
+|   |-- OutOfMemory
+|   `-- DiskError
+|-- Interrupted               exit code 130: stopped by the user, with a checkpoint
+`-- CheckFailed               exit code 4
+    |-- VerificationError     what was saved is not what was trained
+    `-- NumericalError        a value that is not finite, or a training signal that is dead
 """
 
 from __future__ import annotations

@@ -163,13 +163,13 @@ def show_report(data: Data, console: Console) -> None:
                 console.print(f"{name}: warning: {problem}", markup=False, style="yellow", soft_wrap=True)
 
 
-def resolve(run: Run, loaded: Loaded, pack_tokens: int) -> Run:
+def resolve(run: Run, loaded: Loaded, pack_tokens: int, kernels: str) -> Run:
     """The run with every automatic choice written down, so that a rerun or a resume makes the same ones."""
     method = find_method(str(run.adapter["kind"]))
     dtype = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}[loaded.model.dtype]
     model = replace(run.model, dtype=dtype, device=str(loaded.model.device), revision=loaded.revision)  # type: ignore[arg-type]
     rate = run.train.learning_rate or method.learning_rate
-    train = replace(run.train, pack_tokens=pack_tokens, learning_rate=rate, resume=None)
+    train = replace(run.train, pack_tokens=pack_tokens, learning_rate=rate, kernels=kernels, resume=None)  # type: ignore[arg-type]
     return replace(run, model=model, train=train)
 
 

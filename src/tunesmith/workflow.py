@@ -32,6 +32,7 @@ from tunesmith.export.verify import verify_run, write_probe
 from tunesmith.files import atomic_folder, atomic_write_json, atomic_write_text, is_complete
 from tunesmith.inference.generate import generate
 from tunesmith.inference.sample import GenerationSettings
+from tunesmith.model.native import select
 from tunesmith.prepare import (
     Data,
     Loaded,
@@ -90,9 +91,10 @@ def train_run(run: Run, console: Console, loaded: Loaded | None = None) -> Outco
     check_precision(adapter)
     job, why = memory_job(run, loaded.model, adapter, data)
     planned = plan_memory(job)
-    for line in (why, *planned.lines()):
+    kernels, which = select(run.train.kernels)
+    for line in (which, why, *planned.lines()):
         _say(console, line)
-    run = resolve(replace(run, name=folder.name), loaded, job.pack_tokens)
+    run = resolve(replace(run, name=folder.name), loaded, job.pack_tokens, kernels)
     plan = _steps(run, adapter, data)
     trainable = sum(p.numel() for p in adapter.trainable.values())
     total = sum(p.numel() for p in loaded.model.parameters())

@@ -51,15 +51,16 @@ def test_tiles_hold_exactly_the_pairs_of_the_mask(layout: Layout, window: int | 
         tiles = layout.tiles(window)
     count = np.zeros((layout.tokens, layout.tokens), int)
     answered = np.zeros(layout.tokens, int)
-    for queries, keys, hidden in zip(tiles[::3], tiles[1::3], tiles[2::3], strict=True):
-        assert hidden.shape == (*queries.shape, keys.shape[1])
+    for queries, keys, visible in zip(tiles[::3], tiles[1::3], tiles[2::3], strict=True):
+        assert visible.shape == (*queries.shape, 2)
         for b in range(len(queries)):
             for i, q in enumerate(queries[b].tolist()):
+                low, high = visible[b, i].tolist()
                 if q < 0:
-                    assert not hidden[b, i].any(), "a padded query that hides all would be NaN"
+                    assert low < high, "a padded query that sees nothing would be NaN"
                     continue
                 answered[q] += 1
-                np.add.at(count[q], keys[b][~hidden[b, i]].numpy(), 1)
+                np.add.at(count[q], keys[b][low:high].numpy(), 1)
     assert (answered == 1).all(), "every query is answered in one tile"
     assert np.array_equal(count, sees(layout, window).astype(int)), "a pair is missing, doubled, or too much"
 

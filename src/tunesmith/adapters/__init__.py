@@ -1,6 +1,6 @@
 """Adaptation methods: one file each, found by listing this folder.
 
-    adapter = attach(model, {"kind": "lora", "rank": 8}, name="default", seed=0)
+adapter = attach(model, {"kind": "lora", "rank": 8}, name="default", seed=0)
 """
 
 from __future__ import annotations

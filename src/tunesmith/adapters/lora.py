@@ -3,7 +3,8 @@
     y + s B A x,    s = alpha / rank   (rsLoRA: alpha / sqrt(rank)),    A: (rank, in), B: (out, rank)
 
 A starts kaiming-uniform(sqrt 5), B at zero, so the model starts as it was. PiSSA starts at the principal singular
-vectors of W instead; W stays and the start is subtracted, y + s (B A - B0 A0) x, which is a LoRA of rank 2r when exported.
+vectors of W instead; W stays and the start is subtracted, y + s (B A - B0 A0) x, which is a LoRA of rank 2r when
+exported.
 """
 
 from __future__ import annotations

@@ -169,6 +169,10 @@ class TrainSection:
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the second moment.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
     max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are clipped to this norm; 0 clips nothing.")
+    kernels: Literal["auto", "native", "torch"] = Field(
+        default="auto",
+        description="Element-wise work on a CPU: by kernels that a C++ compiler builds once, or by torch, slower.",
+    )
     recompute: bool = Field(
         default=False, description="Recompute each block in the backward pass: less memory, more time."
     )

@@ -2,10 +2,10 @@
 
     softmax(q k^T / sqrt(head_dim)) v   over the keys that the layout lets each query see
 
-Queries of the heads that share a key/value head are stacked, so grouped attention is one batched product per tile batch and
-keys are never repeated. The backward is written out: it recomputes the probabilities from q, k and the row sums, so nothing of
-size queries x keys outlives the forward. On a CPU this is several times faster than scaled_dot_product_attention per
-segment, whose flash backward is also inexact (docs/decisions.md).
+Queries of the heads that share a key/value head are stacked, so grouped attention is one batched product per tile
+batch and keys are never repeated. The backward is written out: it recomputes the probabilities from q, k and the row
+sums, so nothing of size queries x keys outlives the forward. On a CPU this is several times faster than
+scaled_dot_product_attention per segment, whose flash backward is also inexact (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from tunesmith.errors import ModelError
 from tunesmith.model.layout import Layout
+from tunesmith.model.native import Kernels, kernels_for
 
 
 def attend(
@@ -35,7 +37,8 @@ def attend(
 
 
 def _attend_tiled(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) -> Tensor:
-    return _Attend.apply(q, k, v, *layout.tiles(window))
+    tiles = layout.tiles(window)
+    return _attend_native(q, k, v, tiles) if kernels_for(q, k, v) else _Attend.apply(q, k, v, *tiles)
 
 
 def _attend_dense(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) -> Tensor:
@@ -99,14 +102,17 @@ def _unstack(x: Tensor, rows: Tensor, kv_heads: int) -> Tensor:
     return shaped.reshape(batch * n, -1, x.shape[-1])
 
 
-def _scores(qs: Tensor, ks: Tensor, hidden: Tensor, kv_heads: int) -> Tensor:
+def _scores(qs: Tensor, ks: Tensor, visible: Tensor, kv_heads: int) -> Tensor:
     """Masked, scaled scores, (batch * kv_heads, group * n, m), in float32 (float64 stays).
 
-    Rounded to bfloat16 they would cost a few percent of accuracy against transformers, whose kernel keeps them wide too.
+    Rounded to bfloat16 they would cost a few percent of accuracy against transformers, whose kernel keeps them wide
+    too.
     """
     wide = torch.promote_types(qs.dtype, torch.float32)
     scores = torch.bmm(qs.to(wide) / math.sqrt(qs.shape[-1]), ks.to(wide).transpose(1, 2))
-    batch, n, m = hidden.shape
+    (batch, n, _), m = visible.shape, ks.shape[1]
+    slot = torch.arange(m, device=visible.device)
+    hidden = (slot < visible[..., :1]) | (slot >= visible[..., 1:])
     scores.view(batch, kv_heads, -1, n, m).masked_fill_(hidden[:, None, None], float("-inf"))
     return scores
 
@@ -117,8 +123,8 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, tiles: list[Tensor]) -> tup
     kv_heads = k.shape[1]
     out = torch.empty_like(q)
     sums = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-    for queries, keys, hidden in _batches(tiles):
-        scores = _scores(_stack_queries(q, queries, kv_heads), _stack_keys(k, keys), hidden, kv_heads)
+    for queries, keys, visible in _batches(tiles):
+        scores = _scores(_stack_queries(q, queries, kv_heads), _stack_keys(k, keys), visible, kv_heads)
         lse = scores.logsumexp(-1, keepdim=True)
         result = torch.bmm((scores - lse).exp_().to(v.dtype), _stack_keys(v, keys))
         real, rows = _real(queries)
@@ -149,10 +155,10 @@ def tiled_attention_backward(
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (k, v))
     inner = (grad.to(wide) * out).sum(-1, keepdim=True)  # (tokens, heads, 1): sum_k p dp of every row
-    for queries, keys, hidden in _batches(tiles):
+    for queries, keys, visible in _batches(tiles):
         qs, gs = (_stack_queries(t, queries, kv_heads) for t in (q, grad))
         ks, vs = _stack_keys(k, keys), _stack_keys(v, keys)
-        scores = _scores(qs, ks, hidden, kv_heads)
+        scores = _scores(qs, ks, visible, kv_heads)
         probabilities = (scores - _stack_queries(sums[..., None], queries, kv_heads)).exp_()
         dv.index_add_(0, keys.flatten(), _flat(torch.bmm(probabilities.to(gs.dtype).transpose(1, 2), gs), keys, wide))
         dp = torch.bmm(gs, vs.transpose(1, 2)).to(wide) - _stack_queries(inner, queries, kv_heads)
@@ -191,6 +197,68 @@ class _Attend(torch.autograd.Function):
         q, k, v, out, sums, *tiles = ctx.saved_tensors
         grads = tiled_attention_backward(grad.contiguous(), q, k, v, out, sums, tiles)
         return *grads, *[None] * len(tiles)
+
+
+def _attend_native(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tensor, ...]) -> Tensor:
+    """The same on the CPU's own kernels."""
+    return _Native.apply(q, k, v, *tiles)
+
+
+KEPT_KEYS = (
+    512  # tiles of at most so many keys keep their probabilities for the backward; longer ones compute them again
+)
+
+
+class _Native(torch.autograd.Function):
+    """Products by torch, all between them by native kernels; probabilities of short tiles are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *tiles: Tensor) -> Tensor:
+        kernels = _kernels(q)
+        out, kv_heads = torch.empty_like(q), k.shape[1]
+        kept = []
+        for queries, keys, visible in _batches(list(tiles)):
+            p = _probabilities(kernels, q, k, queries, keys, visible)
+            kernels.unstack(torch.bmm(p, kernels.stack(v, keys, kv_heads)), queries, out, kv_heads)
+            kept.append(p if keys.shape[1] <= KEPT_KEYS and any(ctx.needs_input_grad) else q.new_empty(0))
+        ctx.save_for_backward(q, k, v, *tiles, *kept)
+        ctx.tiles = len(tiles)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *rest = ctx.saved_tensors
+        tiles, kept = rest[: ctx.tiles], rest[ctx.tiles :]
+        kernels, kv_heads, scale = _kernels(q), k.shape[1], 1 / math.sqrt(q.shape[-1])
+        grad, dq = grad.contiguous(), torch.empty_like(q)
+        dk, dv = (torch.zeros(t.shape, dtype=torch.float32) for t in (k, v))
+        for (queries, keys, visible), saved in zip(_batches(tiles), kept, strict=True):
+            p = saved if len(saved) else _probabilities(kernels, q, k, queries, keys, visible)
+            gs = kernels.stack(grad, queries, kv_heads)
+            kernels.gather_add(torch.bmm(p.transpose(1, 2), gs), keys, dv)
+            dp = torch.bmm(gs, kernels.stack(v, keys, kv_heads).transpose(1, 2))
+            ds = kernels.softmax_backward(p, dp, visible)
+            kernels.unstack(torch.bmm(ds, kernels.stack(k, keys, kv_heads)), queries, dq, kv_heads, scale=scale)
+            kernels.gather_add(
+                torch.bmm(ds.transpose(1, 2), kernels.stack(q, queries, kv_heads)), keys, dk, scale=scale
+            )
+        return dq, dk.to(k.dtype), dv.to(v.dtype), *[None] * ctx.tiles
+
+
+def _kernels(x: Tensor) -> Kernels:
+    kernels = kernels_for(x)
+    if kernels is None:
+        raise ModelError("attention: the native kernels were there in the forward and are not in the backward")
+    return kernels
+
+
+def _probabilities(kernels: Kernels, q: Tensor, k: Tensor, queries: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
+    """Softmax of one batch of tiles, (batch * kv_heads, group * n, m), from scores that stay in float32."""
+    kv_heads, scale = k.shape[1], 1 / math.sqrt(q.shape[-1])
+    qs = kernels.stack(q, queries, kv_heads, scale=scale, wide=True)
+    scores = torch.bmm(qs, kernels.stack(k, keys, kv_heads, wide=True).transpose(1, 2))
+    return kernels.softmax(scores, visible, q.dtype)
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:

@@ -18,9 +18,9 @@ from tunesmith.model.layout import Layout
 class Cache:
     """Room for `batch` sequences of up to `capacity` tokens; grows by itself when a sequence gets longer.
 
-    The first forward with an empty cache is the prompts': its layout's leaf segments become the sequences, in order, and a
-    prefix shared by several is computed once and copied into each. Every later forward continues: segment i of its layout
-    holds the new tokens of sequence i.
+    The first forward with an empty cache is the prompts': its layout's leaf segments become the sequences, in order,
+    and a prefix shared by several is computed once and copied into each. Every later forward continues: segment i of
+    its layout holds the new tokens of sequence i.
     """
 
     def __init__(
@@ -44,7 +44,10 @@ class Cache:
         return self.keys[0].shape[2]
 
     def begin(self, layout: Layout) -> Tensor:
-        """Prepare for one forward over `layout`; returns the positions of its tokens. Raises GenerationError on a misfit."""
+        """Prepare for one forward over `layout`; returns the positions of its tokens.
+
+        Raises GenerationError on a misfit.
+        """
         if any(self.lengths):
             if len(layout.lengths) != self.batch or any(p >= 0 for p in layout.parents):
                 raise GenerationError(

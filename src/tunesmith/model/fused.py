@@ -1,7 +1,8 @@
 """The element-wise parts of a block, each with a backward of its own that keeps only what it needs.
 
 Autograd on the plain formula keeps every float32 intermediate; these keep the inputs in their own dtype. `PLAIN`
-holds the formulas themselves, as autograd twins: tests/laws compares each pair, values and gradients.
+holds the formulas themselves, as autograd twins: tests/laws compares each pair, values and gradients. On a CPU with a
+compiler each is one native kernel (native.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from tunesmith.model.native import kernels_for
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -37,6 +40,11 @@ def _wide(x: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        kernels = kernels_for(x, weight)
+        if kernels is not None:
+            y, scale = kernels.rms_norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, scale.view(*x.shape[:-1], 1))
+            return y
         wide = _wide(x)
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
@@ -46,6 +54,9 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
+        kernels = kernels_for(grad, x, weight)
+        if kernels is not None and not ctx.needs_input_grad[1]:
+            return kernels.rms_norm_backward(grad, x, weight, scale), None, None
         normed = _wide(x) * scale
         grad_weight = None
         if ctx.needs_input_grad[1]:
@@ -61,13 +72,20 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos[:, None], sin[:, None])
+        return _turned(x, cos, sin, 1.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos[:, None], -sin[:, None]), None, None  # the inverse rotation
+        return _turned(grad.contiguous(), cos, sin, -1.0), None, None  # the inverse rotation
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    kernels = kernels_for(x, cos, sin)
+    if kernels is not None:
+        return kernels.rotate(x, cos, sin, sign)
+    return _turn(x, cos[:, None], sign * sin[:, None])
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -79,12 +97,16 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return functional.silu(gate) * up
+        kernels = kernels_for(gate, up)
+        return functional.silu(gate) * up if kernels is None else kernels.swiglu(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
+        kernels = kernels_for(grad, gate, up)
+        if kernels is not None:
+            return kernels.swiglu_backward(grad, gate, up)
         sigmoid = torch.sigmoid(_wide(gate))
         silu = _wide(gate) * sigmoid
         wide = _wide(grad)

@@ -135,11 +135,11 @@ class Layout:
         return seen if window is None else seen & (position[:, None] - position[None] < window)
 
     def tiles(self, window: int | None = None) -> tuple[Tensor, ...]:
-        """Attention's work as a flat tuple (queries, keys, hidden) of batches of tiles, made once a layout.
+        """Attention's work as a flat tuple (queries, keys, visible) of batches of tiles, made once a layout.
 
-        `queries` (batch, n) and `keys` (batch, m) are row indices, padded by repeating index 0; `hidden` (batch, n,
-        m) is True where a query must not see a key. A padded query hides nothing (its result is dropped) and is -1 in
-        `queries`.
+        `queries` (batch, n) and `keys` (batch, m) are row indices, keys in the order of their positions; query i of
+        tile b sees its tile's keys from visible[b, i, 0] up to visible[b, i, 1], (batch, n, 2). A padded query is -1
+        and sees one key (its result is dropped); padded keys are 0 and seen by none.
         """
         if window not in self._tiles:
             batches = [b for group in _batched(list(self._cut(window))) for b in self._padded(group, window)]
@@ -161,13 +161,16 @@ class Layout:
         n, m = max(len(t.query) for t in group), max(len(t.keys) for t in group)
         queries = np.full((len(group), n), -1)
         keys = np.zeros((len(group), m), np.int64)
-        hidden = np.ones((len(group), n, m), bool)
+        visible = np.zeros((len(group), n, 2), np.int64)
+        visible[:, :, 1] = 1
         for i, tile in enumerate(group):
-            queries[i, : len(tile.query)], keys[i, : len(tile.keys)] = tile.query, tile.keys
-            q, k = self.position_array[tile.query][:, None], self.position_array[tile.keys][None]
-            hidden[i, : len(tile.query), : len(tile.keys)] = (k > q) if window is None else (k > q) | (q - k >= window)
-            hidden[i, len(tile.query) :] = False
-        yield from (torch.from_numpy(queries), torch.from_numpy(keys), torch.from_numpy(hidden))
+            size, first = len(tile.query), self.position_array[tile.keys[0]]
+            queries[i, :size], keys[i, : len(tile.keys)] = tile.query, tile.keys
+            ends = self.position_array[tile.query] + 1 - first
+            visible[i, :size, 1] = ends
+            if window is not None:
+                visible[i, :size, 0] = np.maximum(ends - window, 0)
+        yield from (torch.from_numpy(queries), torch.from_numpy(keys), torch.from_numpy(visible))
 
 
 def _batched(tiles: list[Tile]) -> Iterator[list[Tile]]:

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from tunesmith.data.pack import Pack
 from tunesmith.model.llama import HEAD_ROWS, Llama
+from tunesmith.model.native import kernels_for
 from tunesmith.model.seam import Context
 
 
@@ -43,12 +44,19 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, model: Llama, context: Context, target: Tensor, weight: Tensor, *trained: Tensor
     ) -> Tensor:
-        needs_rows = ctx.needs_input_grad[0]
+        needs_rows, head = ctx.needs_input_grad[0], model.lm_head
+        plain = not (trained or len(head.input) or len(head.edit) or head.bias is not None)
+        kernels = kernels_for(rows, head.weight) if plain else None
         total = torch.zeros((), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
         grad_rows = torch.empty_like(rows) if needs_rows else None
         grad_trained = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
         for start in range(0, len(rows), HEAD_ROWS):
             part = slice(start, start + HEAD_ROWS)
+            if kernels is not None and grad_rows is not None:
+                logits = functional.linear(rows[part], head.weight)
+                total += kernels.cross_entropy(logits, target[part], weight[part]).sum()
+                torch.mm(logits, head.weight, out=grad_rows[part])  # the logits have become their gradient
+                continue
             with torch.enable_grad():
                 chunk = rows[part].detach().requires_grad_(needs_rows)
                 losses = functional.cross_entropy(model.logits(chunk, context), target[part], reduction="none")

@@ -1,0 +1,197 @@
+"""Builds, loads and calls kernels.cpp: the CPU's element-wise work in one pass where torch makes several.
+
+The machine's own C++ compiler builds it once (about a second) into the cache folder, under a name that tells source,
+flags, compiler and processor apart. Where there is no compiler the torch formulas of fused.py and attention.py do the
+same work, slower; `select` says which it is and why. They differ in the last bits, so a run records its choice.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.errors import ConfigError
+from tunesmith.hardware import cache_dir, cpu_features
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = (
+    *("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),  # none of these touches NaN or infinity
+)
+BUILD_SECONDS = 120
+
+
+class Kernels:
+    """The functions of kernels.cpp over tensors.
+
+    All are contiguous, on the CPU, of one dtype unless it says otherwise.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._functions: dict[tuple[str, torch.dtype], Any] = {}
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """y = x / rms(x) * weight over the last dimension, and 1 / rms(x) in float32, (rows,)."""
+        size = x.shape[-1]
+        y, scale = torch.empty_like(x), x.new_empty(x.numel() // size, dtype=torch.float32)
+        self._call("rms_norm", x.dtype, x, weight, y, scale, x.numel() // size, size, eps)
+        return y, scale
+
+    def rms_norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        """The gradient of x."""
+        dx = torch.empty_like(x)
+        self._call("rms_norm_backward", x.dtype, grad, x, weight, scale, dx, scale.numel(), x.shape[-1])
+        return dx
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up."""
+        out = torch.empty_like(gate)
+        self._call("swiglu", gate.dtype, gate, up, out, gate.numel())
+        return out
+
+    def swiglu_backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of gate and up."""
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        self._call("swiglu_backward", gate.dtype, grad, gate, up, dgate, dup, gate.numel())
+        return dgate, dup
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+        """Rotary embedding of x (tokens, heads, d) by cos and sin (tokens, d / 2); sign -1 turns back."""
+        out = torch.empty_like(x)
+        self._call("rotate", x.dtype, x, cos, sin, out, *x.shape[:2], x.shape[2] // 2, sign)
+        return out
+
+    def stack(self, x: Tensor, rows: Tensor, kv_heads: int, *, scale: float = 1.0, wide: bool = False) -> Tensor:
+        """x (tokens, heads, d) at rows (batch, n; -1: zeros) -> (batch * kv_heads, group * n, d) times scale.
+
+        `wide` gives float32.
+        """
+        (batch, n), (_, heads, width) = rows.shape, x.shape
+        out = x.new_empty((batch * kv_heads, heads // kv_heads * n, width), dtype=torch.float32 if wide else x.dtype)
+        name = "stack_wide" if wide else "stack"
+        self._call(name, x.dtype, x, rows, out, batch, n, kv_heads, heads // kv_heads, width, scale)
+        return out
+
+    def unstack(self, x: Tensor, rows: Tensor, out: Tensor, kv_heads: int, *, scale: float = 1.0) -> None:
+        """The reverse of `stack`, into `out` (tokens, heads, d); rows of -1 are dropped."""
+        (batch, n), (_, heads, width) = rows.shape, out.shape
+        self._call("unstack", x.dtype, x, rows, out, batch, n, kv_heads, heads // kv_heads, width, scale)
+
+    def gather_add(self, x: Tensor, rows: Tensor, out: Tensor, *, scale: float = 1.0) -> None:
+        """Add x (batch * kv_heads, m, d) to the rows (batch, m) of `out` (tokens, kv_heads, d), float32."""
+        (batch, m), (_, heads, width) = rows.shape, out.shape
+        self._call("gather_add", x.dtype, x, rows, out, batch, m, heads, width, scale)
+
+    def softmax(self, scores: Tensor, visible: Tensor, dtype: torch.dtype) -> Tensor:
+        """Probabilities of float32 scores (batch * kv_heads, group * n, m), which are overwritten.
+
+        Query i of tile b sees the keys visible[b, i, 0] to visible[b, i, 1]; the others get 0.
+        """
+        (batch, n, _), m = visible.shape, scores.shape[-1]
+        p = torch.empty_like(scores, dtype=dtype)
+        self._call("softmax", dtype, scores, visible, p, batch, scores.shape[0] * scores.shape[1] // batch // n, n, m)
+        return p
+
+    def softmax_backward(self, p: Tensor, dp: Tensor, visible: Tensor) -> Tensor:
+        """p (dp - sum p dp) over the visible keys, written over dp."""
+        (batch, n, _), m = visible.shape, p.shape[-1]
+        self._call("softmax_backward", p.dtype, p, dp, visible, batch, p.shape[0] * p.shape[1] // batch // n, n, m)
+        return dp
+
+    def cross_entropy(self, logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        """Weighted losses (rows,), float32, of logits (rows, size), which become their own gradient."""
+        loss = logits.new_empty(len(logits), dtype=torch.float32)
+        self._call("cross_entropy", logits.dtype, logits, target, weight, loss, *logits.shape)
+        return loss
+
+    def _call(self, name: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
+        function = self._functions.get((name, dtype))
+        if function is None:
+            function = self._library[f"{name}_{str(dtype).removeprefix('torch.')}"]
+            kinds: dict[type, Any] = {Tensor: ctypes.c_void_p, int: ctypes.c_int64, float: ctypes.c_float}
+            function.argtypes = [next(c for k, c in kinds.items() if isinstance(a, k)) for a in arguments]
+            function.restype = None
+            self._functions[name, dtype] = function
+        function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+
+
+def kernels_for(*tensors: Tensor) -> Kernels | None:
+    """The kernels, where they can act on these tensors; None where torch must."""
+    first = tensors[0]
+    if first.dtype not in (torch.bfloat16, torch.float32) or torch.compiler.is_compiling():
+        return None
+    if any(t.device.type != "cpu" or t.dtype != first.dtype or not t.is_contiguous() for t in tensors):
+        return None
+    return None if _process.torch_only else built()[0]
+
+
+def select(choice: str) -> tuple[str, str]:
+    """Choose for this process, like the number of threads: "native", "torch", or "auto" (native where they can be
+    built).
+
+    Returns what is now in use, "native" or "torch", and a line that says why. Raises ConfigError where native kernels
+    are asked for and cannot be had.
+    """
+    if choice == "torch":
+        _process.torch_only = True
+        return "torch", "kernels: torch, as configured"
+    kernels, why = built()
+    if kernels is None and choice == "native":
+        raise ConfigError(f"train.kernels: native cannot be had: {why}; use auto or torch")
+    _process.torch_only = kernels is None
+    return ("native" if kernels else "torch"), f"kernels: {why}"
+
+
+@dataclass
+class _Process:
+    """The one choice that a process makes."""
+
+    torch_only: bool = False
+
+
+_process = _Process()
+
+
+@cache
+def built() -> tuple[Kernels | None, str]:
+    """The kernels if this machine can build them, and a line that says so or why not."""
+    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    if compiler is None:
+        return None, "torch, which is slower: no C++ compiler was found (install g++ or clang++)"
+    try:
+        return Kernels(ctypes.CDLL(str(_built(compiler)))), "native"
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        return (
+            None,
+            f"torch, which is slower: the kernels could not be built ({str(reason).strip().splitlines()[-1][:120]})",
+        )
+
+
+def _built(compiler: str) -> Path:
+    """The library in the cache folder, built if it is not there. Raises OSError, SubprocessError."""
+    source = SOURCE.read_bytes()
+    version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, timeout=10, check=True).stdout
+    key = [source, version, " ".join(FLAGS).encode(), " ".join(sorted(cpu_features())).encode(), compiler.encode()]
+    name = hashlib.sha256(b"\0".join(key)).hexdigest()[:16]
+    folder = cache_dir() / "kernels"
+    library = folder / f"{name}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / library.name
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+            subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=True)
+            made.replace(library)  # in one step: another process may be building the same
+    return library
