@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.adapters.peft_config import PREFIX
 from tunesmith.adapters.peft_format import AdapterInfo, changes_nothing, check_base
 from tunesmith.data.templates import from_dict
 from tunesmith.errors import TunesmithError
@@ -87,6 +88,18 @@ def tensors_sound(e: Evidence) -> Check:
     note = f"; {still} of {len(ups)} modules never moved" if still else ""
     dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in e.tensors.values()}))
     return Check(name, True, f"{len(e.tensors)} tensors, {count:,} numbers ({dtypes}), all finite, not all zero{note}")
+
+
+def keys_exact(e: Evidence) -> Check | None:
+    """The keys of a folder of ours are PEFT's own.
+
+    Other tools' folders may carry wrappers' prefixes, which loading here takes away; PEFT would find none of them.
+    """
+    if e.tensors is None or e.info is None or not e.info.peft or e.info.identity is None:
+        return None
+    bad = [key for key in e.tensors if not key.startswith((f"{PREFIX}model.", f"{PREFIX}lm_head."))]
+    detail = f"{bad[0]} ({len(bad)} of {len(e.tensors)} keys) is no key that PEFT would find" if bad else "as PEFT's"
+    return Check("keys", not bad, detail, SAVE_AGAIN)
 
 
 def base_is_its_own(e: Evidence) -> Check:
@@ -202,6 +215,7 @@ def template_same(e: Evidence) -> Check | None:
 CHECKS: tuple[Callable[[Evidence], Check | None], ...] = (
     files_whole,
     tensors_sound,
+    keys_exact,
     base_is_its_own,
     loads,
     dtype_kept,

@@ -1,0 +1,484 @@
+"""Every fault of DESIGN section 6 and of the field's failure table, planted in a whole run, is named by it.
+
+Faults that the command line refuses outright (typos, missing weights, wrong bases) are in test_bad_input.py; the best
+checkpoint by task against by loss, the plan beside the measure, and masking by default are in test_workflow.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.tiny import edit_json, edit_weights, reviews, words, write_base, write_rows
+
+from tunesmith import api, prepare, workflow
+from tunesmith.adapters import peft_format
+from tunesmith.files import sha256_file
+from tunesmith.train import loop, memory
+from tunesmith.train.log import read_metrics
+
+pytestmark = pytest.mark.usefixtures("single_thread", "in_process")
+GIB = 2**30
+
+
+def run_it(command, base, data, out, *, code=0, **settings):
+    """Train; return what was said on stderr. Samples are off unless asked for."""
+    got, _, err = command("train", *words(base, data, out, **{"evaluate__samples": 0, **settings}))
+    assert got == code, err
+    return err
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_base, tiny_reviews) -> Path:
+    """A finished run. Do not change it."""
+    import contextlib
+    import io
+
+    from tunesmith.cli import main
+
+    out = tmp_path_factory.mktemp("trained")
+    given = words(tiny_base, tiny_reviews, out, train__epochs=2, evaluate__samples=0)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert main(["train", *given]) == 0
+    return out / "run"
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of the finished run, to be broken."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+# What was saved ----------------------------------------------------------------------------------------------------
+
+
+def empty(tensors):
+    return {}
+
+
+def doubled_prefix(tensors):
+    return {f"base_model.model.{key}": tensor for key, tensor in tensors.items()}
+
+
+def one_missing(tensors):
+    return dict(list(tensors.items())[1:])
+
+
+def untrained(tensors):
+    return {key: tensor * 0 if "lora_B" in key else tensor for key, tensor in tensors.items()}
+
+
+def of_another_step(tensors):
+    return {key: tensor * 1.5 for key, tensor in tensors.items()}
+
+
+def with_nan(tensors):
+    return {key: torch.full_like(tensor, torch.nan) for key, tensor in tensors.items()}
+
+
+SAVED = [
+    (empty, "tensors", "reload"),
+    (doubled_prefix, "keys", "keys"),
+    (one_missing, "reload", "reload"),
+    (untrained, "tensors", "live logits"),
+    (of_another_step, "live logits", "live logits"),
+    (with_nan, "tensors", "reload"),
+]
+
+
+@pytest.mark.parametrize(("change", "first", "also"), SAVED, ids=lambda v: getattr(v, "__name__", ""))
+def test_a_run_whose_adapter_was_saved_wrongly_fails(
+    command, tiny_base, tiny_reviews, tmp_path, monkeypatch, change, first, also
+):
+    """The fault is in what is written at the end of training, as in the 443 bytes of the field's best-known bug."""
+    save = peft_format.atomic_save_safetensors
+    monkeypatch.setattr(peft_format, "atomic_save_safetensors", lambda path, t, meta: save(path, change(t), meta))
+    err = run_it(command, tiny_base, tiny_reviews, tmp_path, code=4, train__max_steps=3)
+    assert err.splitlines()[-1].startswith(f"error: {tmp_path / 'run'}: ")
+    failed = {c["name"] for c in json.loads((tmp_path / "run" / "verify.json").read_text())["checks"] if not c["ok"]}
+    assert first in failed or also in failed
+    assert "FAIL" in (tmp_path / "run" / "report.html").read_text()
+
+
+def twice_filtered(tensors):
+    return {key.replace(".lora_A", ".default.lora"): tensor for key, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (empty, "an empty adapter of"),
+        (twice_filtered, "q_proj.lora_A.weight"),
+        (one_missing, "lora_A.weight is missing"),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_such_an_adapter_is_not_used_either(command, run, change, what):
+    file = run / "adapter" / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    code, out, err = command("generate", run, "--prompt", "a", "--max-new-tokens", "1")
+    assert (code, out) == (2, "") and err.startswith("error: ") and what in err
+    code, out, _ = command("verify", run)
+    assert code == 4 and "FAIL" in out
+
+
+def test_an_adapter_that_changes_nothing_says_so_when_it_is_loaded(run, caplog):
+    file = run / "adapter" / "adapter_model.safetensors"
+    save_file(untrained(load_file(file)), file)
+    api.load(run)
+    assert "this adapter changes nothing: every lora_B is zero" in caplog.text
+
+
+def test_a_lossy_merge_is_refused_and_a_good_one_reported(command, trained, tiny_base, tiny_reviews, tmp_path):
+    code, _, err = command("merge", trained, "--out", tmp_path / "good")
+    assert code == 0 and "least survived" in err and "top1 agreement" in err
+    weak = {"train__learning_rate": 1e-5, "train__max_steps": 2, "train__pack_tokens": 512}
+    run_it(command, tiny_base, tiny_reviews, tmp_path, **weak)
+    code, _, err = command("merge", tmp_path / "run", "--out", tmp_path / "lossy", "--dtype", "bfloat16")
+    assert code == 4 and "rounding to bfloat16 lost" in err and "--dtype float32" in err
+    assert not (tmp_path / "lossy").exists()
+
+
+# Template and tokenizer --------------------------------------------------------------------------------------------
+
+
+def test_a_template_that_renders_otherwise_than_in_training_is_refused(command, run):
+    file = run / "adapter" / "tunesmith.json"
+    text = file.read_text()
+    assert "### Response" in text
+    file.write_text(text.replace("### Response", "### Answer"))
+    code, out, err = command("generate", run, "--prompt", "a")
+    assert (code, out) == (2, "") and "does not render as it did in training" in err
+    code, out, _ = command("verify", run)
+    assert code == 4 and re.search(r"FAIL +template", out)
+
+
+def test_the_adapter_brings_its_own_template_whatever_the_base_says_now(command, trained, tiny_base, tmp_path):
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    ask = ("generate", "--adapter", trained, "--prompt", "A joy.", "--max-new-tokens", "8", "--dtype", "float32")
+    before = command(*ask, "--model", tiny_base)
+    edit_json(base / "tokenizer_config.json", chat_template="{{ messages[0]['content'] }}")
+    assert command(*ask, "--model", base) == before
+
+
+def test_eos_stays_supervised_where_pad_is_eos(command, tiny_base, tiny_reviews, tmp_path, monkeypatch):
+    seen = []
+    make = loop.Trainer.__init__
+
+    def note(self, model, adapter, examples, *args, **more):
+        seen.extend(examples)
+        make(self, model, adapter, examples, *args, **more)
+
+    monkeypatch.setattr(loop.Trainer, "__init__", note)
+    err = run_it(command, tiny_base, tiny_reviews, tmp_path, train__max_steps=1)
+    assert "pad and EOS are the same token (2); nothing is padded or masked by id here, so EOS is still learned" in err
+    assert len(seen) == 24 and all(e.ids[-1] == 2 and e.supervised[-1] for e in seen)
+    assert re.search(r"train: rows without EOS +0\n", err)
+
+
+def test_ids_that_tokenizer_and_model_see_differently_are_named(command, tiny_reviews, tmp_path):
+    base = write_base(tmp_path / "base")
+    edit_json(base / "config.json", eos_token_id=5, bos_token_id=3)
+    edit_json(base / "tokenizer_config.json", bos_token="<|im_start|>")
+    err = run_it(command, base, tiny_reviews, tmp_path, train__max_steps=1)
+    assert "tokenizer: the tokenizer ends a text with id 2, the model's configuration says 5" in err
+    assert "tokenizer: the tokenizer begins a text with id 1, the model's configuration says 3" in err
+
+
+@pytest.mark.parametrize(
+    ("tokens", "what"),
+    [
+        ({"bos_token": "", "eos_token": "", "pad_token": ""}, "no EOS token is named"),  # the first LLaMA conversions
+        ({"bos_token": "<|im_end|>", "eos_token": "</s>"}, "begins texts with '<|im_end|>' (2), but the config ends"),
+        ({"eos_token": "</a>"}, "eos_token '</a>' is not in the vocabulary"),
+        ({"eos_token": "a"}, "plain text became the special token 'a'"),
+    ],
+)  # fmt: skip
+def test_a_broken_tokenizer_configuration_is_refused(command, tiny_reviews, tmp_path, tokens, what):
+    base = write_base(tmp_path / "base")
+    if tokens.get("eos_token") == "":
+        edit_json(base / "config.json", eos_token_id=None)
+    edit_json(base / "tokenizer_config.json", **tokens)
+    err = run_it(command, base, tiny_reviews, tmp_path, code=2)
+    assert what in err.splitlines()[-1]
+
+
+# Data --------------------------------------------------------------------------------------------------------------
+
+
+def before_training(err: str, line: str) -> bool:
+    """Was `line` said, and before the first step?"""
+    return line in err and err.index(line) < err.index("step 1/")
+
+
+CUT = 40
+LONG = [{"instruction": f"say {i}", "output": " ".join(["many words"] * (1 + 9 * (i % 2)))} for i in range(8)]
+
+
+def test_rows_cut_before_their_eos_are_counted_and_shown(command, tiny_base, tmp_path):
+    data = write_rows(tmp_path / "d.jsonl", LONG)
+    err = run_it(command, tiny_base, data, tmp_path, data__cutoff=CUT)
+    assert re.search(rf"train: rows cut +4 \(in the answer 4; cutoff {CUT} tokens\)", err)
+    assert re.search(r"train: rows without EOS +4\n", err)
+    assert before_training(
+        err, "warning: 4 of 8 rows end inside the answer, so the model learns to stop short or never"
+    )
+    assert before_training(err, f"(such as {data}:2)")
+
+
+def test_rows_without_a_supervised_token_are_counted_and_shown(command, tiny_base, tmp_path):
+    rows = [{"instruction": "say " + " ".join(["so"] * (40 * (i % 2))), "output": f"it {i}"} for i in range(8)]
+    data = write_rows(tmp_path / "d.jsonl", rows)
+    err = run_it(command, tiny_base, data, tmp_path, data__cutoff=CUT)
+    assert before_training(err, "warning: 4 of 8 rows have no supervised token and teach nothing; raise data.cutoff")
+
+
+def test_two_bos_are_counted_and_shown(command, tmp_path):
+    base = write_base(
+        tmp_path / "base",
+        chat_template="{{ bos_token }}{% for m in messages %}{{ bos_token }}{{ m.content }}{{ eos_token }}{% endfor %}",
+    )
+    edit_json(base / "tokenizer_config.json", bos_token="<s>", add_bos_token=True)
+    data = write_rows(tmp_path / "d.jsonl", LONG)
+    err = run_it(command, base, data, tmp_path, data__template="chat")
+    assert before_training(err, "warning: 8 of 8 rows begin with two BOS tokens; take the BOS out of the template")
+
+
+def test_rows_shared_by_training_and_validation_are_counted(command, tiny_base, tmp_path):
+    rows = reviews(8)
+    write_rows(tmp_path / "d" / "train.jsonl", rows)
+    write_rows(tmp_path / "d" / "valid.jsonl", rows[:3] + reviews(3, seed=9))
+    err = run_it(command, tiny_base, tmp_path / "d", tmp_path)
+    assert before_training(err, "valid: warning: 3 of 6 rows also occur in the training set")
+
+
+def test_the_preview_counts_the_same(command, tiny_base, tmp_path):
+    data = write_rows(tmp_path / "d.jsonl", LONG)
+    given = words(tiny_base, data, tmp_path, data__cutoff=CUT)
+    chosen = [word for word in given if "=" in word]
+    code, out, _ = command("data", "preview", "--model", tiny_base, "--data", data, "--json", *chosen)
+    report = json.loads(out)["train"]
+    assert code == 0 and (report["cut_in_answer"], report["no_eos"], report["rows"]) == (4, 4, 8)
+
+
+def test_group_by_length_is_answered(command, tiny_base, tiny_reviews, tmp_path):
+    err = run_it(command, tiny_base, tiny_reviews, tmp_path, group_by_length=True, train__max_steps=1)
+    assert err.startswith("note: group_by_length: nothing to do: examples lie end to end and nothing is padded\n")
+
+
+def test_the_prompt_copy_rate_sees_a_model_that_repeats_its_prompt(command, trained, monkeypatch):
+    from tunesmith.evaluate import generations
+    from tunesmith.inference.answers import Generation
+
+    ask = ("evaluate", trained, "--split", "valid", "--metrics", "prompt_copy_rate", "--json")
+    assert json.loads(command(*ask)[1])["prompt_copy_rate"] < 0.5
+
+    fields = list(Generation.__dataclass_fields__)
+    made = {"text": "", "ids": (), "finish_reason": "length"}
+
+    def copying(model, prompts, *_: object, **__: object):
+        return [Generation(**{key: {**made, "ids": tuple(p[-20:])}.get(key, 0) for key in fields}) for p in prompts]
+
+    monkeypatch.setattr(generations, "generate", copying)
+    assert json.loads(command(*ask)[1])["prompt_copy_rate"] == 1.0
+
+
+# Numbers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def overflowing(tmp_path) -> Path:
+    """A base whose last down_proj is fine in float32 and beyond 65504 in float16."""
+    base = write_base(tmp_path / "base")
+    edit_weights(base, lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].mul_(1e5))
+    return base
+
+
+def test_fp16_overflow_names_layer_size_and_row(command, overflowing, tiny_reviews, tmp_path):
+    rows = tiny_reviews / "train.jsonl"
+    err = run_it(command, overflowing, rows, tmp_path, code=4, model__dtype="float16", train__shuffle=False)
+    last = err.splitlines()[-1]
+    assert re.match(r"error: step 1: the loss is nan; first in the (in|out)put of model.layers.1.mlp.down_proj", last)
+    assert re.search(r"values are not finite, the largest other is [\d,.]+ \(float16 ends at 65,504\)", last)
+    assert re.search(rf"data row {re.escape(str(rows))}:[1-8]; the optimizer step was not made", last)
+    assert "use model.dtype=bfloat16 or float32" in last
+    assert not list((tmp_path / "run").glob("checkpoint-*")) and read_metrics(tmp_path / "run" / "metrics.jsonl") == []
+    run_it(command, overflowing, rows, tmp_path, name="wide", model__dtype="float32", train__max_steps=1)
+
+
+def test_a_held_out_loss_that_is_nan_is_no_best_checkpoint(command, overflowing, tiny_reviews, tmp_path):
+    err = run_it(command, overflowing, tiny_reviews, tmp_path, code=4, model__dtype="float16")
+    last = err.splitlines()[-1]
+    assert last.startswith("error: step 0: the held-out loss is nan; first in the ")
+    assert (
+        "put of model.layers.1.mlp.down_proj" in last
+        and "data row" in last
+        and "valid.jsonl:" in last
+        and "use model.dtype=bfloat16 or float32" in last
+    )
+
+
+def spoil_gradient(monkeypatch, step: int, factor: float) -> None:
+    """From `step` on (from 0), multiply what flows back into the model; the loss itself stays as it is."""
+    true = loop.pack_loss
+    made = loop.Trainer._accumulate
+    at = [0]
+
+    def accumulate(self, *args):
+        at[0] = self.progress.step
+        return made(self, *args)
+
+    def loss(model, pack, ctx, hidden):
+        if at[0] >= step:
+            hidden.register_hook(lambda grad: grad * factor)
+        return true(model, pack, ctx, hidden)
+
+    monkeypatch.setattr(loop.Trainer, "_accumulate", accumulate)
+    monkeypatch.setattr(loop, "pack_loss", loss)
+
+
+@pytest.mark.parametrize("fault", ["gradient", "loss", "zero loss"])
+def test_what_stops_a_step_leaves_the_state_as_it_was(tiny_base, tiny_reviews, tmp_path, monkeypatch, fault):
+    """At step 4; the checkpoint of step 3 holds what the model holds then, to the bit."""
+    from tunesmith.errors import NumericalError
+
+    if fault == "gradient":
+        spoil_gradient(monkeypatch, 3, float("nan"))
+    else:
+        true, calls = loop.Trainer._accumulate, []
+
+        def accumulate(self, pack, supervised, rows):
+            value = true(self, pack, supervised, rows)
+            if self.progress.step < 3:
+                return value
+            calls.append(value)
+            return float("nan") if fault == "loss" else 0.0
+
+        monkeypatch.setattr(loop.Trainer, "_accumulate", accumulate)
+    loaded = api.load(tiny_base, dtype="float32", device="cpu")
+    adapter = api.attach(loaded, "lora", rank=2)
+    with pytest.raises(NumericalError) as stopped:
+        api.train(
+            loaded, tiny_reviews, epochs=3, batch_size=8, learning_rate=0.01, samples=0, template="alpaca-short",
+            train__save_steps=1, output_dir=str(tmp_path), name="run",
+        )  # fmt: skip
+    text = str(stopped.value)
+    assert text.startswith("step 4: ")
+    assert {
+        "gradient": "the gradient of model.layers.0.self_attn.q_proj.edit.",
+        "loss": "the loss is nan; the optimizer step was not made",
+        "zero loss": "the loss is exactly 0.0. Either no token of the batch is supervised",
+    }[fault] in text
+    kept = load_file(tmp_path / "run" / "checkpoint-000003" / "adapter.safetensors")
+    state = adapter.state()
+    assert set(kept) == set(state) and all(torch.equal(kept[key], state[key]) for key in kept)
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 3
+
+
+def test_one_bad_row_is_found_by_its_line(command, tmp_path):
+    """Only the letter Q overflows, and only in float16."""
+    base = write_base(tmp_path / "base", tie_word_embeddings=False)
+    from tunesmith.tokenizer import load_tokenizer
+
+    letter = load_tokenizer(base).encode("Q")
+    assert len(letter) == 1
+
+    def large(tensors):
+        tensors["model.embed_tokens.weight"][letter[0]] = 65000.0
+        tensors["model.layers.0.self_attn.o_proj.weight"].mul_(2000)
+
+    edit_weights(base, large)
+    rows = reviews(24)
+    rows[18]["text"] += " Q"
+    data = write_rows(tmp_path / "d.jsonl", rows)
+    given = {"model__dtype": "float16", "train__shuffle": False, "train__save_steps": 1}
+    err = run_it(command, base, data, tmp_path, code=4, **given)
+    last = err.splitlines()[-1]
+    assert last.startswith(
+        "error: step 3: the loss is nan; first in the input of model.layers.0.post_attention_layernorm"
+    )
+    assert f"data row {data}:19; the optimizer step was not made" in last
+    assert [path.name for path in sorted((tmp_path / "run").glob("checkpoint-*"))][-1] == "checkpoint-000002"
+
+
+def test_a_loss_of_uniform_logits_is_said_to_be_missing_weights(command, tiny_reviews, tmp_path):
+    base = write_base(tmp_path / "base")
+    edit_weights(base, lambda tensors: tensors["model.embed_tokens.weight"].zero_())
+    err = run_it(command, base, tiny_reviews, tmp_path, code=4)
+    assert "warning: step 1: the loss 6.6438 is ln(768), that of a model whose logits are all equal" in err
+    assert "the base weights look as if they had not been loaded; check model.path" in err
+    assert "every gradient is exactly 0, so training cannot move" in err.splitlines()[-1]
+
+
+def test_a_module_without_a_gradient_is_named_from_the_second_update_on(command, tiny_reviews, tmp_path):
+    base = write_base(tmp_path / "base")
+    edit_weights(base, lambda tensors: tensors["model.layers.1.self_attn.o_proj.weight"].zero_())
+    err = run_it(command, base, tiny_reviews, tmp_path, adapter__target_modules=["q_proj"])
+    assert "warning: step 2: the gradient of model.layers.1.self_attn.q_proj.edit.A (and model.layers.1." in err
+    assert (
+        "is exactly 0 after 1 updates, so it does not learn" in err and "layers.0" not in err.split("warning: step")[1]
+    )
+    assert "warning: step 1" not in err
+
+
+def test_fp16_gradients_that_overflow_say_that_the_step_is_skipped(
+    command, tiny_base, tiny_reviews, tmp_path, monkeypatch
+):
+    spoil_gradient(monkeypatch, 0, float("inf"))
+    err = run_it(command, tiny_base, tiny_reviews, tmp_path, code=4, model__dtype="float16", train__epochs=9)
+    assert "warning: step 1: fp16 gradients overflowed, step skipped; the loss scale is halved" in err
+    assert "fp16 gradients overflow even without loss scaling" in err.splitlines()[-1]
+
+
+def test_a_long_warm_up_is_said_in_optimizer_steps(command, tiny_base, tiny_reviews, tmp_path, caplog):
+    given = {"train__epochs": 4, "train__warmup_steps": 6, "train__micro_batch": 1}
+    err = run_it(command, tiny_base, tiny_reviews, tmp_path, **given)
+    said = err + caplog.text
+    assert "warm-up takes 6 of 12 optimizer steps (50%); more than 20% is rarely meant" in said
+    assert "micro-batches were not counted as steps" in said
+    rates = [line["learning_rate"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert rates.index(max(rates)) == 6  # the unit is the optimizer step, whatever the micro-batch
+
+
+# Memory ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pack", [None, 4096])
+def test_what_cannot_fit_is_refused_before_training(command, tiny_base, tiny_reviews, tmp_path, monkeypatch, pack):
+    monkeypatch.setattr(prepare, "usable_memory", lambda device: int(0.2 * GIB))
+    err = run_it(command, tiny_base, tiny_reviews, tmp_path, code=3, train__pack_tokens=pack)
+    last = err.splitlines()[-1]
+    assert re.search(r"error: .*a pack of \d+ tokens of this 0M model needs 0\.\d+ GiB", last)
+    assert "may be used; try" in last and "a smaller model" in last
+    assert not (tmp_path / "run").exists()
+    given = [word for word in words(tiny_base, tiny_reviews, tmp_path, train__pack_tokens=pack) if "=" in word]
+    code, out, err = command("plan", "--model", tiny_base, "--data", tiny_reviews, *given)
+    assert (code, out) == (3, "") and "needs" in err
+
+
+def test_weights_that_cannot_fit_are_not_even_read(command, tiny_base, tiny_reviews, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "usable_memory", lambda device: 10_000)
+    monkeypatch.setattr(prepare, "load_model", None)
+    err = run_it(command, tiny_base, tiny_reviews, tmp_path, code=3)
+    assert "the weights of this 0M model take 0.00 GiB in float32" in err and "set model.dtype=bfloat16" in err
+
+
+def test_memory_held_already_counts_as_there(monkeypatch):
+    """The weights are in the plan, and when it is made they are in memory: they must not count twice."""
+    monkeypatch.setattr(memory, "available_memory", lambda device: 3 * GIB)
+    monkeypatch.setattr(memory, "resident_memory", lambda: (2 * GIB, 2 * GIB))
+    assert memory.usable_memory("cpu") == 5 * GIB
+
+
+def test_everything_is_quiet_when_nothing_is_wrong(command, tiny_base, tiny_reviews, tmp_path):
+    err = run_it(command, tiny_base, tiny_reviews, tmp_path, train__epochs=2)
+    assert "warning" not in err and "error" not in err and workflow.is_complete(tmp_path / "run" / "adapter")
