@@ -81,6 +81,12 @@ def load(
         template = _template_of(info, loaded)
         if template is not None:
             loaded.templates[key] = template
+    changed = [key for key, adapter in loaded.adapters.items() if adapter.base]
+    if changed and len(loaded.adapters) > 1:
+        raise AdapterError(
+            f"--adapter {changed[0]}: its method trained the base's own weights, so no other adapter fits beside it; "
+            "load it alone"
+        )
     loaded.model.eval()
     return loaded
 
@@ -138,7 +144,7 @@ def generate(
         GenerationSettings().changed(**settings, stop=stop),
         eos_ids=loaded.tokenizer.eos_ids,
         tokenizer=loaded.tokenizer,
-        adapters=active,
+        adapters=_in_seams(loaded, active),
         on_text=None if on_text is None else lambda _, text: on_text(text),
     )[0]
     return {"text": answer.text, "finish_reason": answer.finish_reason, "tokens": len(answer.ids)}
@@ -149,9 +155,11 @@ def chat(loaded: Loaded, *, use: str | None = None, console: Console | None = No
     from tunesmith.inference.chat import run_chat
 
     system = settings.pop("system", None)
-    templates = {key: template_of(loaded, (key,)) for key in loaded.adapters}
-    base_template = template_of(loaded, ())
     active = choose(loaded, use)
+    seams = _in_seams(loaded, tuple(loaded.adapters))
+    templates = {key: template_of(loaded, (key,)) for key in seams}
+    base_template = template_of(loaded, () if seams else active)
+    active = _in_seams(loaded, active)
     run_chat(
         loaded.model,
         loaded.tokenizer,
@@ -168,6 +176,11 @@ def choose(loaded: Loaded, use: str | None) -> tuple[str, ...]:
     if use is None:
         return tuple(loaded.adapters)[:1]
     if use == "base":
+        if changed := [key for key, adapter in loaded.adapters.items() if adapter.base]:
+            raise AdapterError(
+                f"--use base: {changed[0]} ({loaded.adapters[changed[0]].kind}) changed the base's own weights; load "
+                "the base by itself"
+            )
         return ()
     if use not in loaded.adapters:
         known = ", ".join([*loaded.adapters, "base"])
@@ -175,6 +188,11 @@ def choose(loaded: Loaded, use: str | None) -> tuple[str, ...]:
             f"--use {use}: no adapter has this name{did_you_mean(use, loaded.adapters)} (there are {known})"
         )
     return (use,)
+
+
+def _in_seams(loaded: Loaded, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that sit in the model's seams; a method that trained base weights acts by having changed them."""
+    return tuple(name for name in names if loaded.adapters[name].deltas)
 
 
 def template_of(loaded: Loaded, active: tuple[str, ...]) -> Template:
@@ -247,7 +265,7 @@ def evaluate(
         split=split,
         limit=rows,
         metrics=metrics or [],
-        adapters=active,
+        adapters=_in_seams(loaded, active),
     )
 
 
