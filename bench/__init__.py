@@ -1,0 +1,1 @@
+"""Speed and memory of Tunesmith beside its peers: the same job in one run. See docs/benchmarks.md."""
