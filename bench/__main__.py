@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tune-rows", type=int, default=96, help="rows on which a peer's modes are tried first; 0: none are"
     )
     run.add_argument("--held-out", type=int, default=100, help="rows for the held-out loss")
+    run.add_argument("--new-tokens", type=int, default=128, help="tokens of each answer, for a decoding job")
     run.add_argument("--limit", type=float, default=3600.0, help="seconds that one run may take")
     run.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     run.add_argument("--shape", choices=tuple(SHAPES), help="random weights of this shape instead of the jobs' model")
@@ -94,7 +95,8 @@ def _run(given: argparse.Namespace) -> int:
     out = given.out or table.RESULTS / f"{name}.json"
     options = Options(
         out=out, model=given.model, rounds=given.rounds, peers=peers, data_dir=given.data_dir, device=given.device,
-        shape=given.shape, tune_rows=given.tune_rows, held=given.held_out, limit=given.limit, work=given.work,
+        shape=given.shape, tune_rows=given.tune_rows, held=given.held_out, new_tokens=given.new_tokens,
+        limit=given.limit, work=given.work,
         envs=_envs(given),
     )  # fmt: skip
     runner = Runner(options)

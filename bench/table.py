@@ -70,6 +70,8 @@ def job(name: str, entry: Mapping[str, Any]) -> str:
     if entry.get("held_out_base") is not None:
         lines += ["", f"Held-out loss of the base without an adapter: {entry['held_out_base']:.4f}."]
     problems = {**entry.get("absent", {}), **{m: f["error"] for m, f in summary.items() if "error" in f}}
+    unheld = {f"{r['mode']}, held-out loss": r["held_out_error"] for r in entry["runs"] if r.get("held_out_error")}
+    problems |= unheld
     lines += [f"\n{mode}: {NOTHING}: {_cell(error)}" for mode, error in problems.items()]
     tuned = [r for r in entry.get("tuned", ()) if r.get("tokens_per_s")]
     if tuned:
@@ -103,13 +105,15 @@ def _training(entry: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
                 f"{peak / GIB:.2f}",
                 f"{_number(found.get('begin_s'), 1)} / {_number(found.get('first_step_s'), 1)}",
                 f"{_number(found.get('saved_s'), 1)} / {_number(found.get('wall_s'), 1)}",
+                _times(ratio.get("examples_per_s_to_saved")),
                 _number(found.get("user_s", 0) + found.get("system_s", 0), 0),
                 f"{sum(losses) / len(losses):.4f}" if losses else "",
             )
         )
     head = (
         "mode (runs)", "examples/s, whole run", "ours is faster", "tokens/s, steady", "ours is faster", "peak GiB",
-        "first step begins / ends, s", "adapter saved / process ended, s", "CPU s", "held-out loss",
+        "first step begins / ends, s", "adapter saved / process ended, s", "ours is faster to saved", "CPU s",
+        "held-out loss",
     )  # fmt: skip
     return grid(head, rows)
 

@@ -26,16 +26,17 @@ def main() -> None:
     ]
     model = load_model(Path(wanted["model_path"]), dtype=torch.float32)
     for folder in wanted["adapters"]:
+        adapter = None
         try:
             if folder is not None:
-                load_adapter(Path(folder), model)
+                adapter = load_adapter(Path(folder), model)
             measured = language_model_metrics(model, rows, budget=2048)
             tell("held_out", folder=folder, loss=measured["eval_loss"])
         except TunesmithError as error:
             tell("held_out", folder=folder, loss=None, error=str(error))
         finally:
-            if folder is not None:
-                detach(model, "default")
+            if adapter is not None:
+                detach(model, adapter)
 
 
 if __name__ == "__main__":
