@@ -79,3 +79,10 @@ def words(base: Path, data: Path, out: Path, name: str = "run", **settings: Any)
     }
     given = [f"{key}={json.dumps(value)}" for key, value in chosen.items() if value is not None]
     return ["--model", str(base), "--data", str(data), "--output-dir", str(out), "--name", name, *given]
+
+
+def run_it(command: Any, base: Path, data: Path, out: Path, *, code: int = 0, **settings: Any) -> str:
+    """Train; return what was said on stderr. Samples are off unless asked for."""
+    got, _, err = command("train", *words(base, data, out, **{"evaluate__samples": 0, **settings}))
+    assert got == code, err
+    return err
