@@ -89,18 +89,18 @@ JOBS: dict[str, Job] = {
     for job in (
         Job(
             "alpaca",
-            "512 rows of Alpaca, LoRA r=8 on q_proj and v_proj, bf16, global batch 16, cut-off 512",
+            "Alpaca, LoRA r=8 on q_proj and v_proj, bf16, global batch 16, cut-off 512",
             modes=("ours", "ours-lean", *_BF16, "trl", "litgpt-mb1", "litgpt-mb4"),
         ),
         Job(
             "alpaca-fp32",
-            "the same in fp32",
+            "The same in fp32",
             dtype="float32",
             modes=("ours", *_PLAIN),
         ),
         Job(
             "alpaca-all",
-            "the same in bf16, LoRA r=16 on all linears",
+            "The same in bf16, LoRA r=16 on all linears",
             targets="all",
             rank=16,
             alpha=32,
@@ -108,13 +108,13 @@ JOBS: dict[str, Job] = {
         ),
         Job(
             "reviews",
-            "512 movie reviews to classify, Alpaca template, LoRA r=8 on q_proj and v_proj, bf16, global batch 16",
+            "Movie reviews to classify, Alpaca template, LoRA r=8 on q_proj and v_proj, bf16, global batch 16",
             source="reviews",
             modes=("ours", *_BF16, "trl"),
         ),
         Job(
             "long",
-            "32 rows of 2,048 tokens (reviews end to end), every token a target, bf16, global batch 4",
+            "Rows of 2,048 tokens (reviews end to end), every token a target, bf16, global batch 4",
             source="long",
             rows=32,
             cutoff=2048,
@@ -124,7 +124,7 @@ JOBS: dict[str, Job] = {
         ),
         Job(
             "decode",
-            "greedy, 128 new tokens, batch 1 and 8",
+            "Greedy decoding, batch 1 and 8",
             kind="decode",
             source="reviews",
             rows=16,
@@ -166,7 +166,7 @@ def shape_job(name: str) -> Job:
     shape = SHAPES[name]
     return Job(
         f"shape-{name}",
-        f"random weights of {name} shape, LoRA r=16 on all linears, {shape.rows} rows of up to {shape.longest} tokens",
+        f"Random weights of {name} shape, LoRA r=16 on all linears, rows of up to {shape.longest} tokens",
         source="random",
         rows=shape.rows,
         cutoff=shape.longest,

@@ -26,10 +26,9 @@ def training_record(done: Finished, rows: int) -> Record:
     if record["error"] is not None:
         return record
     tokens = [step["tokens"] for step in steps]
-    skip = SKIPPED_STEPS if len(steps) > 2 * SKIPPED_STEPS else 1
-    steady = None
-    if len(steps) > skip:
-        steady = sum(tokens[skip:]) / (steps[-1]["t"] - steps[skip - 1]["t"])
+    skip = SKIPPED_STEPS if len(steps) > 2 * SKIPPED_STEPS else min(1, len(steps) - 1)
+    since = steps[skip - 1]["t"] if skip else (begin[0]["t"] if begin else 0.0)
+    steady = sum(tokens[skip:]) / (steps[-1]["t"] - since)
     record |= {
         "begin_s": begin[0]["t"] if begin else None,
         "first_step_s": steps[0]["t"],
@@ -101,6 +100,9 @@ def summarise(runs: Sequence[Record], ours: str) -> dict[str, Record]:
             values = [run[key] for run in good if run.get(key) is not None]
             if values:
                 entry[key] = median(values)
+        alike = [n for run in good if (n := leading(runs, ours, run)) is not None]
+        if alike and mode != ours:
+            entry["alike"] = median(alike)
         losses = [run["held_out"] for run in good if run.get("held_out") is not None]
         if losses:
             entry["held_out"] = losses
@@ -125,6 +127,15 @@ def ratios(runs: Iterable[Record], ours: str, peer: str, key: str) -> list[float
             pairs.setdefault(run["pair"], {})[run["mode"]] = run[key]
     found = [pair[ours] / pair[peer] for pair in pairs.values() if ours in pair and peer in pair]
     return [median(found), min(found), max(found)] if found else None
+
+
+def leading(runs: Iterable[Record], ours: str, run: Record) -> int | None:
+    """How many first tokens of a decoding run are those of ours in its pair; None where either did not tell."""
+    own = next((r for r in runs if r["mode"] == ours and r["pair"] == run["pair"]), {})
+    if not (own.get("ids") and run.get("ids")):
+        return None
+    same = [a == b for a, b in zip(own["ids"], run["ids"], strict=False)]
+    return same.index(False) if False in same else len(same)
 
 
 def usable(run: Record) -> bool:

@@ -68,7 +68,10 @@ class Runner:
         """Carry out `jobs`; returns how many could not be prepared. What a peer cannot do is in the results."""
         failed = 0
         for job in jobs:
-            entry: Record = {"about": job.about, "date": time.strftime("%Y-%m-%d"), "rows": job.rows}
+            about = job.about
+            if job.kind == "decode":
+                about += f", {self.options.new_tokens} new tokens"
+            entry: Record = {"about": about, "date": time.strftime("%Y-%m-%d"), "rows": job.rows}
             self.results["jobs"][job.name] = entry
             try:
                 self._job(job, entry)
@@ -226,6 +229,8 @@ class Runner:
             "batch_size": job.batch_size, "learning_rate": job.learning_rate, "device": self.options.device,
             **shape, **mode.settings,
         }  # fmt: skip
+        if "micro_batch" in wanted:
+            wanted["micro_batch"] = min(wanted["micro_batch"], job.batch_size)
         return self._child(mode.side, mode.child, wanted, folder)
 
     def _decode(self, job: Job, mode: Mode, facts: Record, folder: Path) -> Finished:

@@ -131,9 +131,13 @@ def _decoding(summary: Mapping[str, Any]) -> str:
                 _times(ratio.get("tokens_per_s_8")),
                 f"{found['peak_bytes'] / GIB:.2f}",
                 _number(found.get("begin_s"), 1),
+                _number(found.get("alike"), 0),
             )
         )
-    head = ("mode (runs)", "tokens/s, batch 1", "ours is faster", "batch 8", "ours is faster", "peak GiB", "loaded, s")
+    head = (
+        "mode (runs)", "tokens/s, batch 1", "ours is faster", "batch 8", "ours is faster", "peak GiB", "loaded, s",
+        "first tokens as ours, of 16",
+    )  # fmt: skip
     return grid(head, rows)
 
 

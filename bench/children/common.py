@@ -16,6 +16,7 @@ from typing import Any
 
 MARK = "@bench "
 IGNORE = -100
+UNKNOWN = -1  # a token of an answer whose id its decoder does not tell
 # The LoRA of every job: the names of the linears, by what the job calls them.
 TARGETS = {
     "qv": ["q_proj", "v_proj"],
@@ -98,4 +99,6 @@ def timed_decoding(wanted: dict[str, Any], decode: Callable[[list[list[int]], in
             tokens = sum(map(len, answers))
             if tokens != size * wanted["new_tokens"]:
                 raise SystemExit(f"batch {size}: {tokens} tokens came, {size * wanted['new_tokens']} were asked for")
-            tell("decoded", batch=size, tokens=tokens, seconds=seconds, ids=answers[0][:16])
+            tell(
+                "decoded", batch=size, tokens=tokens, seconds=seconds, ids=[i for i in answers[0][:16] if i != UNKNOWN]
+            )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-from bench.children.common import spec, tell, timed_decoding
+from bench.children.common import UNKNOWN, spec, tell, timed_decoding
 
 
 def main() -> None:
@@ -25,13 +23,11 @@ def main() -> None:
     tell("loaded")
 
     def ask(prompt: list[int], new: int) -> list[int]:
-        request = {
-            "prompt": prompt, "n_predict": new, "ignore_eos": True, "temperature": 0.0, "cache_prompt": False,
-            "return_tokens": True, "samplers": ["top_k"], "top_k": 1,
-        }  # fmt: skip
-        answer: Any = server.handle_completions(request)
-        answer = json.loads(answer) if isinstance(answer, str) else answer
-        return list(answer.get("tokens") or [])
+        request = {"prompt": prompt, "n_predict": new, "ignore_eos": True, "temperature": 0.0, "cache_prompt": False}
+        answer = server.handle_completions(request)
+        if "usage" not in answer:
+            raise SystemExit(f"llama.cpp refused: {answer}")
+        return [UNKNOWN] * answer["usage"]["completion_tokens"]  # it gives text and a count, but no ids
 
     def decode(prompts: list[list[int]], new: int) -> list[list[int]]:
         with ThreadPoolExecutor(len(prompts)) as pool:
