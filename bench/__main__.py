@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--data-dir", default=data_dir(), help="experiment data with alpaca/ (TUNESMITH_BENCH_DATA)"
         )
+        command.add_argument(
+            "--ceiling-seconds", type=float, default=1.0, help="spent on each ceiling that is measured"
+        )
         command.add_argument("--work", type=Path, default=WORK, help="folder for what is made on the way")
         command.add_argument("--out", type=Path, help="results file; default in docs/results")
         command.add_argument("--write-docs", action="store_true", help="write the table into docs/benchmarks.md")
@@ -96,7 +99,7 @@ def _run(given: argparse.Namespace) -> int:
     options = Options(
         out=out, model=given.model, rounds=given.rounds, peers=peers, data_dir=given.data_dir, device=given.device,
         shape=given.shape, tune_rows=given.tune_rows, held=given.held_out, new_tokens=given.new_tokens,
-        limit=given.limit, work=given.work,
+        limit=given.limit, ceiling_seconds=given.ceiling_seconds, work=given.work,
         envs=_envs(given),
     )  # fmt: skip
     runner = Runner(options)
@@ -110,7 +113,10 @@ def _run(given: argparse.Namespace) -> int:
 
 def _profile(given: argparse.Namespace) -> int:
     out = given.out or table.RESULTS / "profile.json"
-    options = Options(out=out, model=given.model, data_dir=given.data_dir, work=given.work, envs=_envs(given))
+    options = Options(
+        out=out, model=given.model, data_dir=given.data_dir, ceiling_seconds=given.ceiling_seconds, work=given.work,
+        envs=_envs(given),
+    )  # fmt: skip
     from bench.profiling import profile
 
     try:

@@ -55,7 +55,10 @@ class Envs:
             "import json, platform; from importlib.metadata import distributions as d; "
             "print(json.dumps({'python': platform.python_version(), **{x.name.lower(): x.version for x in d()}}))"
         )
-        done = subprocess.run([self.python(name), "-c", code], capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run([self.python(name), "-c", code], capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise EnvError(f"environment {name!r} does not start: {error}") from None
         if done.returncode:
             raise EnvError(f"environment {name!r} does not start: {last_line(done.stderr)}")
         found = json.loads(done.stdout)

@@ -47,6 +47,7 @@ class Options:
     held: int = 100
     repeats: int = 2
     new_tokens: int = 128
+    ceiling_seconds: float = 1.0
     limit: float = 3600.0
     work: Path = WORK
     envs: Envs = field(default_factory=Envs)
@@ -149,7 +150,7 @@ class Runner:
             else:
                 config = json.loads((folder.parent / "model-float32" / "config.json").read_text(encoding="utf-8"))
             dtypes = ["bfloat16"] if options.shape else ["bfloat16", "float32"]
-            wanted = {"config": config, "device": options.device, "dtypes": dtypes}
+            wanted = {"config": config, "device": options.device, "dtypes": dtypes, "seconds": options.ceiling_seconds}
             told = self._child("ours", "machine", wanted, folder).told("machine")
             versions = {}
             for name in ("ours", "hf", "trl", "litgpt", "llamacpp"):

@@ -83,10 +83,10 @@ def job(name: str, entry: Mapping[str, Any]) -> str:
 
 def _facts(entry: Mapping[str, Any]) -> str:
     facts = entry.get("facts", {})
-    if not facts.get("tokens"):
-        return ""
+    if not facts.get("tokens") or facts.get("prompts_only"):
+        return f"Measured on {entry['date']}." if facts else ""
     said = f"{facts['rows']} rows, {facts['tokens']:,} tokens, {facts['supervised']:,} of them targets"
-    return said + f", longest row {facts['longest']}; measured on {entry['date']}."
+    return said + f", longest row {facts['longest']}. Measured on {entry['date']}."
 
 
 def _training(entry: Mapping[str, Any], summary: Mapping[str, Any]) -> str:

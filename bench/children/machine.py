@@ -12,7 +12,6 @@ from typing import Any
 from bench.children.common import spec, synchronise, tell
 
 ROWS, HEAD_ROWS = 2048, 128  # tokens of a pack, and targets whose logits exist at a time
-SECONDS = 1.0  # spent on each product at least
 
 
 def main() -> None:
@@ -28,12 +27,12 @@ def main() -> None:
     }  # fmt: skip
     if device.startswith("cuda"):
         facts["gpu"] = torch.cuda.get_device_name()
-    facts["gflops"] = {dtype: products(config, dtype, device) for dtype in wanted["dtypes"]}
-    facts["copy_gb_s"] = copy_bandwidth(device)
+    facts["gflops"] = {dtype: products(config, dtype, device, wanted["seconds"]) for dtype in wanted["dtypes"]}
+    facts["copy_gb_s"] = copy_bandwidth(device, wanted["seconds"])
     tell("machine", **facts)
 
 
-def products(config: dict[str, Any], dtype: str, device: str) -> dict[str, float]:
+def products(config: dict[str, Any], dtype: str, device: str, spend: float) -> dict[str, float]:
     """GFLOP/s of x W^T at each shape of the model, by the fastest way that torch has here."""
     import torch
 
@@ -45,7 +44,7 @@ def products(config: dict[str, Any], dtype: str, device: str) -> dict[str, float
     }.items():  # fmt: skip
         x = torch.randn(rows, inner, dtype=kind, device=device)
         weight = torch.randn(outer, inner, dtype=kind, device=device)
-        best = min(seconds(way, device) for way in ways(x, weight))
+        best = min(seconds(way, device, spend) for way in ways(x, weight))
         found[name] = 2 * rows * inner * outer / best / 1e9
     return found
 
@@ -61,23 +60,23 @@ def ways(x: Any, weight: Any) -> list[Callable[[], Any]]:
     return found
 
 
-def copy_bandwidth(device: str) -> float:
+def copy_bandwidth(device: str, spend: float) -> float:
     """GB/s of a copy of 256 MB, what is read and what is written together."""
     import torch
 
     source = torch.ones(64_000_000, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds(lambda: target.copy_(source), device) / 1e9
+    return 2 * source.nbytes / seconds(lambda: target.copy_(source), device, spend) / 1e9
 
 
-def seconds(work: Callable[[], Any], device: str) -> float:
-    """The median time of one call, after one that does not count; infinity where it does not run."""
+def seconds(work: Callable[[], Any], device: str, spend: float) -> float:
+    """The median time of the calls of `spend` seconds, after one that does not count; infinity where none runs."""
     try:
         work()
     except (RuntimeError, NotImplementedError):
         return float("inf")
     times: list[float] = []
-    while sum(times) < SECONDS and len(times) < 200:
+    while not times or (sum(times) < spend and len(times) < 200):
         synchronise(device)
         began = time.perf_counter()
         work()

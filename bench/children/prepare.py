@@ -59,7 +59,8 @@ def encode(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
         "rows": len(data.train.examples), "tokens": report.tokens, "supervised": report.supervised,
         "longest": report.longest, "distinct": sum(len(pack.tokens) for pack in packs), "data_sha256": data.fingerprint,
         "model_path": str(path), "held_rows": len(sets["held"].examples),
-        "held_tokens": sets["held"].report.supervised, "prompts": _prompts(train, run, tokenizer, wanted),
+        "held_tokens": sets["held"].report.supervised, "prompts": _prompts(train, tokenizer, wanted),
+        "prompts_only": wanted["kind"] == "decode",
     }  # fmt: skip
 
 
@@ -149,7 +150,7 @@ def _reviews(split: str) -> Iterator[dict[str, Any]]:
         yield from (json.loads(line) for line in file)
 
 
-def _prompts(rows: list[dict[str, Any]], run: Any, tokenizer: Any, wanted: dict[str, Any]) -> list[list[int]]:
+def _prompts(rows: list[dict[str, Any]], tokenizer: Any, wanted: dict[str, Any]) -> list[list[int]]:
     """Ids of the prompts that a decoding job starts from; no two begin alike after the instruction."""
     if wanted["kind"] != "decode":
         return []
