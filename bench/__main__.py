@@ -103,7 +103,11 @@ def _run(given: argparse.Namespace) -> int:
         envs=_envs(given),
     )  # fmt: skip
     runner = Runner(options)
-    failed = runner.run(jobs)
+    try:
+        failed = runner.run(jobs)
+    except EnvError as error:
+        say(f"run: ours: {error}")
+        return 1
     text = table.page(runner.results)
     if given.write_docs:
         table.write(name, text)

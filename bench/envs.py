@@ -64,6 +64,10 @@ class Envs:
         found = json.loads(done.stdout)
         return {key: found[key] for key in ("python", *SHOWN) if key in found}
 
+    def source(self) -> str:
+        """Tells one state of the checkout's source from another: of what is installed, or of the checkout itself."""
+        return (_key("ours") if "ours" in self.given else _written(self.folder / "ours.ready"))[:12]
+
     def refresh_ours(self) -> None:
         """Install the checkout again if its source is not the one that was installed. Raises EnvError."""
         if "ours" not in self.given and _key("ours") != _written(self.folder / "ours.ready"):

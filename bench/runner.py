@@ -66,8 +66,12 @@ class Runner:
         self._machine: Record | None = None
 
     def run(self, jobs: Sequence[Job]) -> int:
-        """Carry out `jobs`; returns how many could not be prepared. What a peer cannot do is in the results."""
+        """Carry out `jobs`; returns how many could not be prepared. What a peer cannot do is in the results.
+
+        Raises EnvError where this checkout cannot be installed.
+        """
         failed = 0
+        self.envs.refresh_ours()  # once: what is edited meanwhile is not measured
         for job in jobs:
             about = job.about
             if job.kind == "decode":
@@ -91,7 +95,6 @@ class Runner:
         scratch.replace(self.options.out)
 
     def _job(self, job: Job, entry: Record) -> None:
-        self.envs.refresh_ours()
         facts = self._prepare(job)
         entry["facts"] = {key: value for key, value in facts.items() if key not in ("prompts", "event", "t")}
         entry["machine"] = self.machine(job)
@@ -156,6 +159,8 @@ class Runner:
             for name in ("ours", "hf", "trl", "litgpt", "llamacpp"):
                 try:
                     versions[name] = self.envs.versions(name)
+                    if name == "ours":
+                        versions[name]["source"] = self.envs.source()
                 except EnvError as error:
                     versions[name] = {"error": str(error)}
             facts = {key: value for key, value in (told[0] if told else {}).items() if key not in ("event", "t")}

@@ -24,6 +24,7 @@ from tunesmith.errors import ConfigError
 from tunesmith.hardware import recommended_dtype
 from tunesmith.model.llama import Llama
 from tunesmith.model.load import load_config, load_model, model_identity
+from tunesmith.model.native import built
 from tunesmith.tokenizer import Tokenizer, check_fits, load_tokenizer
 from tunesmith.train.memory import (
     LINEARS,
@@ -202,6 +203,7 @@ def memory_job(
         longest=report.longest,
         recompute=run.train.recompute,
         device=device.type,
+        native=device.type == "cpu" and run.train.kernels != "torch" and built()[0] is not None,
     )
     if run.train.pack_tokens:
         check_pack_fits(job, usable_memory(device))

@@ -14,6 +14,7 @@ from tunesmith.errors import OutOfMemory
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.layout import Layout
 from tunesmith.model.llama import Llama
+from tunesmith.model.native import built, select
 from tunesmith.train.memory import (
     GIB,
     LINEARS,
@@ -56,13 +57,15 @@ def test_parameters_agree_with_the_model_itself(change):
 
 
 def test_one_layer_by_hand():
-    base = Job(SMOLLM2, trainable=0, pack_tokens=1, targets=frozenset(), rank=16)
-    bare = 2 * 576 + 2 * 576 + 2 * 192 + 2 * 1536  # two norms' inputs, q and output, k and v, gate and up
-    assert layer_bytes_per_token(base) == 2 * bare + 4 * 11
+    base = Job(SMOLLM2, trainable=0, pack_tokens=700, longest=100, targets=frozenset(), rank=16)
+    bare = 2 * 576 + 576 + 2 * 192 + 2 * 1536  # two norms' inputs, q, k and v, gate and up
+    assert layer_bytes_per_token(base) == 2 * (bare + 9 * 100) + 4 * 2  # probabilities; scales of two norms
+    assert layer_bytes_per_token(replace(base, longest=None)) == 2 * (bare + 9 * 512) + 4 * 2
+    assert layer_bytes_per_token(replace(base, native=False)) == 2 * (bare + 576) + 4 * 11  # output; log-sum-exps
     q_v = replace(base, targets=frozenset({"q_proj", "v_proj"}))
-    assert layer_bytes_per_token(q_v) == 2 * (bare + 576 + 2 * 16) + 4 * 11
+    assert layer_bytes_per_token(q_v) == 2 * (bare + 9 * 100 + 576 + 2 * 16) + 4 * 2
     every = replace(base, targets=frozenset(LINEARS), activation_bytes=4)
-    assert layer_bytes_per_token(every) == 4 * (bare + 2 * 576 + 1536 + 7 * 16) + 4 * 11
+    assert layer_bytes_per_token(every) == 4 * (bare + 9 * 100 + 3 * 576 + 1536 + 7 * 16) + 4 * 2
 
 
 def kept_by_autograd(config: ModelConfig, targets, dtype: torch.dtype, tokens: int) -> tuple[int, int]:
@@ -90,16 +93,29 @@ def kept_by_autograd(config: ModelConfig, targets, dtype: torch.dtype, tokens: i
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("o_proj", "down_proj"), LINEARS])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_a_layer_keeps_what_the_formula_says(targets, dtype, qk_norm):
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_a_layer_keeps_what_the_formula_says(targets, dtype, qk_norm, kernels):
+    if kernels == "native" and built()[0] is None:
+        pytest.skip(f"NOT TESTED: {built()[1]}")
+    select(kernels)
     config = ModelConfig(
         model_type="llama", vocab_size=100, hidden_size=96, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=6, num_key_value_heads=2, head_dim=16, qk_norm=qk_norm,
     )  # fmt: skip
     tokens = 64
-    two, trained_two = kept_by_autograd(config, targets, dtype, tokens)
-    three, trained_three = kept_by_autograd(replace(config, num_hidden_layers=3), targets, dtype, tokens)
+    try:
+        two, trained_two = kept_by_autograd(config, targets, dtype, tokens)
+        three, trained_three = kept_by_autograd(replace(config, num_hidden_layers=3), targets, dtype, tokens)
+    finally:
+        select("auto")
     job = Job(
-        config, trained_three - trained_two, tokens, targets=frozenset(targets), rank=4, activation_bytes=dtype.itemsize
+        config,
+        trained_three - trained_two,
+        tokens,
+        targets=frozenset(targets),
+        rank=4,
+        activation_bytes=dtype.itemsize,
+        native=kernels == "native",
     )
     copies = job.trainable * dtype.itemsize if dtype.itemsize < 4 else 0
     assert three - two == tokens * layer_bytes_per_token(job) + copies

@@ -13,12 +13,13 @@ One layer keeps, in values a token (d = hidden, q = query heads x head_dim, k = 
 
     d    input of input_layernorm             d    input of q/k/v_proj, if one of them has an adapter
     q    queries, rotated                     2k   keys, rotated, and values
-    q    attention's output (o_proj's input)  d    input of post_attention_layernorm
+    q    input of o_proj, if adapted          d    input of post_attention_layernorm
     d    input of gate/up_proj, if adapted    2f   outputs of gate_proj and up_proj
     f    input of down_proj, if adapted       r    x A of every adapted linear
 
-and in float32 a log-sum-exp a query head and a scale a norm; with QK-norm, q + k more. A frozen linear keeps nothing:
-its backward needs W only.
+and in float32 a scale a norm; with QK-norm, q + k more. Attention keeps, with native kernels, the probabilities of
+tiles of up to KEPT_KEYS keys (as many values a query head as the tile has keys), with torch's its output and in
+float32 a log-sum-exp a query head. A frozen linear keeps nothing: its backward needs W only.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import torch
 
 from tunesmith.errors import OutOfMemory
 from tunesmith.hardware import memory
+from tunesmith.model.attention import KEPT_KEYS
 from tunesmith.model.config import ModelConfig
 
 GIB = 2**30
@@ -61,6 +63,7 @@ class Job:
     longest: int | None = None  # tokens of the longest row (None: a pack may be one row)
     recompute: bool = False
     device: str = "cpu"
+    native: bool = True  # element-wise work by native kernels (on a CPU)
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,15 @@ def layer_bytes_per_token(job: Job) -> int:
     config, targets = job.config, job.targets
     d, f = config.hidden_size, config.intermediate_size
     q, k = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    values = 2 * d + 2 * q + 2 * k + 2 * f
+    values = 2 * d + q + 2 * k + 2 * f
     values += d * bool(targets & {"q_proj", "k_proj", "v_proj"}) + d * bool(targets & {"gate_proj", "up_proj"})
     values += f * ("down_proj" in targets) + job.rank * len(targets & set(LINEARS))
-    scalars = config.num_attention_heads + 2
+    scalars = 2
+    if job.native:
+        values += q * ("o_proj" in targets) + config.num_attention_heads * min(_longest(job), KEPT_KEYS)
+    else:
+        values += q
+        scalars += config.num_attention_heads
     if config.qk_norm:
         values += q + k
         scalars += config.num_attention_heads + config.num_key_value_heads
@@ -115,7 +123,7 @@ def plan(job: Job) -> MemoryPlan:
     copies = job.trainable * job.activation_bytes if job.activation_bytes < 4 else 0
     inputs = layers * d * job.activation_bytes * tokens
     targets = int(tokens * job.supervised)
-    longest = min(job.longest or tokens, tokens)
+    longest = _longest(job)
     in_backward = (3 * f + 4 * d) * job.activation_bytes * tokens
     tiles = 3 * 4 * config.num_attention_heads * min(TILE, longest) * longest
     return MemoryPlan(
@@ -131,6 +139,10 @@ def plan(job: Job) -> MemoryPlan:
             "process": PROCESS,
         }
     )
+
+
+def _longest(job: Job) -> int:
+    return min(job.longest or job.pack_tokens, job.pack_tokens)
 
 
 def available_memory(device: str | torch.device = "cpu") -> int:
