@@ -68,8 +68,8 @@ def test_a_whole_run_passes_in_a_fresh_process(run):
     report = verify_run(run)
     assert report.passed, report.first_failure()
     assert [check.name for check in report.checks] == [
-        "files", "tensors", "keys", "base", "reload", "dtype", "base logits", "live logits", "differs from base", "tokenizer",
-        "template",
+        "files", "tensors", "keys", "base", "reload", "dtype", "base logits", "live logits", "differs from base",
+        "tokenizer", "template",
     ]  # fmt: skip
     details = {check.name: check.detail for check in report.checks}
     assert "a fresh process" in details["reload"] and not any(check.cure for check in report.checks)
@@ -93,7 +93,10 @@ def test_bfloat16_is_replayed_in_bfloat16(base, tmp_path):
 
 WEIGHTS = {
     "empty adapter": (lambda t: {}, {"tensors": "filtered twice", "reload": "filtered twice"}),
-    "unmatched keys": (lambda t: {f"x.{k}": v for k, v in t.items()}, {"keys": "no key that PEFT would find", "reload": "none of its 28 keys belongs"}),
+    "unmatched keys": (
+        lambda t: {f"x.{k}": v for k, v in t.items()},
+        {"keys": "no key that PEFT would find", "reload": "none of its 28 keys belongs"},
+    ),
     "half of the keys": (lambda t: dict(list(t.items())[:9]), {"reload": "is missing"}),
     "zeroed B": (
         lambda t: {k: v * 0 if "lora_B" in k else v for k, v in t.items()},

@@ -3,9 +3,9 @@
     softmax(q k^T / sqrt(head_dim)) v   over the keys that the layout lets each query see
 
 Queries of the heads that share a key/value head are stacked, so grouped attention is one batched product per tile
-batch and keys are never repeated. The backward is written out: it recomputes the probabilities from q, k and the row
-sums, so nothing of size queries x keys outlives the forward. On a CPU this is several times faster than
-scaled_dot_product_attention per segment, whose flash backward is also inexact (docs/decisions.md).
+batch and keys are never repeated. The backward is written out: probabilities of long tiles are computed again there, so
+that nothing of size queries x keys outlives the forward. How it compares with scaled_dot_product_attention, example by
+example, stands in docs/decisions.md.
 """
 
 from __future__ import annotations
