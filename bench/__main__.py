@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--jobs", default=",".join(JOBS), help=f"of {','.join(JOBS)}")
     run.add_argument("--rounds", type=int, default=3)
     run.add_argument("--rows", type=int, help="fewer rows than a job has, for a trial")
-    run.add_argument("--peers", default="", help=f"sides or modes, of {','.join(NAMES[1:])} or {','.join(MODES)}")
+    run.add_argument(
+        "--peers", default="", help=f"sides or modes (ours: no peer), of {','.join(NAMES[1:])} or {','.join(MODES)}"
+    )
     run.add_argument(
         "--tune-rows", type=int, default=96, help="rows on which a peer's modes are tried first; 0: none are"
     )

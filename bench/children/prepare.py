@@ -65,16 +65,19 @@ def encode(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def export(path: Path, tokenizer: Any, folder: Path, dtypes: list[str]) -> None:
-    """Write the model once for each dtype: config.json, model.safetensors, tokenizer.json."""
+    """Write the model once for each dtype: config.json, model.safetensors, tokenizer.json; and which model it is."""
     import torch
     from safetensors.torch import save_file
 
-    from tunesmith.model.load import load_model
+    from tunesmith.model.load import load_model, model_identity
 
+    identity = model_identity(path)["sha256"]
     for dtype in dtypes:
         target = folder / f"model-{dtype}"
-        if (target / "config.json").is_file():
+        whole = target / "exported-from"  # written last
+        if whole.is_file() and whole.read_text(encoding="utf-8") == identity:
             continue
+        whole.unlink(missing_ok=True)
         target.mkdir(parents=True, exist_ok=True)
         model = load_model(path, dtype=getattr(torch, dtype))
         wanted = model.config.weight_shapes()
@@ -86,6 +89,7 @@ def export(path: Path, tokenizer: Any, folder: Path, dtypes: list[str]) -> None:
         tokenizer.save(target)
         config = {"architectures": ["LlamaForCausalLM"], **model.config.to_hf(), "torch_dtype": dtype}
         (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        whole.write_text(identity, encoding="utf-8")
 
 
 def random_rows(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
