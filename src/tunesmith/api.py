@@ -14,7 +14,7 @@ print(ts.generate(again, "...")["text"])
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from tunesmith.data.segments import Template
 from tunesmith.data.templates import from_dict, get_template
 from tunesmith.errors import AdapterError, ConfigError, TokenizerError, did_you_mean
 from tunesmith.inference.sample import GenerationSettings
-from tunesmith.prepare import Loaded, load_base, load_data, template_for
+from tunesmith.prepare import Loaded, held_out_rows, load_base, load_data, template_for
 from tunesmith.workflow import Outcome, train_run
 
 if TYPE_CHECKING:
@@ -120,34 +120,40 @@ _SHORT = {
 }
 
 
-def generate(
+def generate(loaded: Loaded, prompt: str, **options: Any) -> dict[str, Any]:
+    """Answer one prompt: `generate_all` of it."""
+    return generate_all(loaded, [prompt], **options)[0]
+
+
+def generate_all(
     loaded: Loaded,
-    prompt: str,
+    prompts: Sequence[str],
     *,
     use: str | None = None,
     system: str | None = None,
     on_text: Callable[[str], None] | None = None,
     **settings: Any,
-) -> dict[str, Any]:
-    """Answer `prompt`; returns {"text", "finish_reason", "tokens"}. `use` names an adapter, or "base".
+) -> list[dict[str, Any]]:
+    """Answer all prompts in one batch; an answer is {"text", "finish_reason", "tokens"}.
 
-    `settings` are GenerationSettings. Raises GenerationError, AdapterError, TemplateError.
+    `use` names an adapter, or "base"; `on_text` takes the text as it comes, so give it one prompt. `settings` are
+    GenerationSettings. Raises GenerationError, AdapterError, TemplateError.
     """
     active = choose(loaded, use)
     template = template_of(loaded, active)
     messages = [{"role": "system", "content": system}] if system else []
-    row = chat_row([*messages, {"role": "user", "content": prompt}], "prompt")
+    rows = [chat_row([*messages, {"role": "user", "content": prompt}], "prompt") for prompt in prompts]
     stop = (*tuple(settings.pop("stop", ()) or ()), *template.stop)
-    answer = inference.generate(
+    answers = inference.generate(
         loaded.model,
-        [encode_prompt(row, template, loaded.tokenizer)],
+        [encode_prompt(row, template, loaded.tokenizer) for row in rows],
         GenerationSettings().changed(**settings, stop=stop),
         eos_ids=loaded.tokenizer.eos_ids,
         tokenizer=loaded.tokenizer,
         adapters=_in_seams(loaded, active),
         on_text=None if on_text is None else lambda _, text: on_text(text),
-    )[0]
-    return {"text": answer.text, "finish_reason": answer.finish_reason, "tokens": len(answer.ids)}
+    )
+    return [{"text": a.text, "finish_reason": a.finish_reason, "tokens": len(a.ids)} for a in answers]
 
 
 def chat(loaded: Loaded, *, use: str | None = None, console: Console | None = None, **settings: Any) -> None:
@@ -245,28 +251,31 @@ def evaluate(
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Measure a run, an adapter or a model on the `split` of some data; a run has its own data and metrics."""
-    from tunesmith.evaluate.held_out import evaluate_rows
+    from tunesmith.evaluate.held_out import evaluate_rows, read_split
 
     folder = adapter_folder(Path(target))
     loaded = load(base, adapter=target) if folder is not None else load(target)
     config = Path(target) / "config.yaml"
     if data is not None:
         section = DataSection(train=data)
+        found = read_split(section, split)
     elif config.is_file():
-        section = load_run(config, [], {})[0].data
+        run, _ = load_run(config, [], {})
+        section = run.data
+        found = held_out_rows(run) or read_split(section, split)
     else:
         raise ConfigError("evaluate: say on which data with --data (a run folder has its own)")
     active = choose(loaded, None)
-    return evaluate_rows(
+    report = evaluate_rows(
         loaded.model,
         loaded.tokenizer,
         template_of(loaded, active),
         section,
-        split=split,
-        limit=rows,
+        found[:rows],
         metrics=metrics or [],
         adapters=_in_seams(loaded, active),
     )
+    return {"data": section.train, **report}
 
 
 def preview_data(run: Run, *, rows: int = 3, as_json: bool = False) -> None:

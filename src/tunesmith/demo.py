@@ -32,6 +32,7 @@ def demo(*, overrides: Sequence[str], quick: bool, output_dir: str | None, conso
         "evaluate.samples": 3,
         "adapter.kind": "lora",
         "adapter.rank": 16,
+        "train.warmup_ratio": 0.1,
         "output_dir": output_dir,
     }
     given = {word.split("=", 1)[0] for word in overrides}

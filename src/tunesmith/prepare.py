@@ -20,7 +20,7 @@ from tunesmith.data.schemas import Row, labels
 from tunesmith.data.segments import Template
 from tunesmith.data.sources import Splits, read_rows, read_splits, split_rows
 from tunesmith.data.templates import get_template
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, DataError
 from tunesmith.hardware import recommended_dtype
 from tunesmith.model.llama import Llama
 from tunesmith.model.load import load_config, load_model, model_identity
@@ -145,6 +145,23 @@ def _validation(run: Run, splits: Splits) -> tuple[list[Row], list[Row]]:
     if section.valid_size:
         return split_rows(splits.train, section.valid_size, run.train.seed)
     return splits.train, splits.valid if section.valid_size is None else []
+
+
+def held_out_rows(run: Run) -> list[Row]:
+    """The validation rows of a run whose data is a single file; empty for a folder, which has splits of its own.
+
+    Raises DataError where the run held none out: the file is what it was trained on.
+    """
+    path = resolve_data(run.data.train)
+    if path.is_dir() and run.data.valid is None and not run.data.valid_size:
+        return []
+    splits = read_splits(path, schema=run.data.schema, limit=run.data.limit, instruction=run.data.instruction)
+    rows = _validation(run, splits)[1]
+    if not rows:
+        raise DataError(
+            f"{path}: is what the run was trained on, and nothing was held out; give other rows with --data"
+        )
+    return rows
 
 
 def _fingerprint(encoded: EncodedSet) -> str:

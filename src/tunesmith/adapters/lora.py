@@ -100,7 +100,7 @@ class LoRA:
 
     kind = "lora"
     settings = LoRASettings
-    learning_rate = 1e-3
+    learning_rate = 5e-4
     identity_at_init = True
     mergeable = True
     peft_type = "LORA"

@@ -40,6 +40,7 @@ app = typer.Typer(
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command (`args` defaults to the process's own) and return its exit code."""
+    share_cores()
     try:
         typer.main.get_command(app)(args=None if args is None else list(args), prog_name="tunesmith")
     except SystemExit as end:

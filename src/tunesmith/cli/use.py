@@ -79,12 +79,13 @@ def generate(
     from tunesmith import api
 
     loaded = api.load(base, dtype=dtype, device=device, adapter=adapters)
-    for text in prompts:
-        answer = api.generate(loaded, text, use=use, on_text=_show if live else None, **settings)
-        if json:
-            out(jsonlib.dumps({"prompt": text, **answer}, ensure_ascii=False, default=str))
-        else:
-            out("" if live else answer["text"])
+    if live:
+        for text in prompts:
+            api.generate(loaded, text, use=use, on_text=_show, **settings)
+            out()
+        return
+    for text, answer in zip(prompts, api.generate_all(loaded, prompts, use=use, **settings), strict=True):
+        out(jsonlib.dumps({"prompt": text, **answer}, ensure_ascii=False, default=str) if json else answer["text"])
 
 
 @command(app, "chat")

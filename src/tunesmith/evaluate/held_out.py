@@ -18,21 +18,10 @@ from tunesmith.model.llama import Llama
 from tunesmith.tokenizer import Tokenizer
 
 
-def evaluate_rows(
-    model: Llama,
-    tokenizer: Tokenizer,
-    template: Template,
-    section: DataSection,
-    *,
-    split: str,
-    limit: int | None,
-    metrics: Sequence[str],
-    adapters: tuple[str, ...] | None,
-) -> dict[str, Any]:
-    """Measure `metrics` on the first `limit` rows of `split` ("train", "valid" or "test") of `section.train`.
+def read_split(section: DataSection, split: str) -> list[Row]:
+    """The rows of `split` ("train", "valid" or "test") of `section.train`; a file is one split, whatever it is called.
 
-    A file is one split, whatever it is called. Without `metrics`: eval_loss, and accuracy where rows have labels.
-    Raises DataError where the data has no such split, ConfigError for an unknown split or metric.
+    Raises ConfigError for an unknown split, DataError where the data has none of its rows.
     """
     if split not in SPLITS:
         raise ConfigError(f"--split {split}: should be one of {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}")
@@ -41,9 +30,25 @@ def evaluate_rows(
     rows: list[Row] = splits.train if path.is_file() else getattr(splits, split)
     if not rows:
         raise DataError(f"{path}: has no {split} rows; choose another with --split")
-    names = section.labels or labels(splits.train or rows)
-    rows = rows[:limit]
+    return rows
+
+
+def evaluate_rows(
+    model: Llama,
+    tokenizer: Tokenizer,
+    template: Template,
+    section: DataSection,
+    rows: Sequence[Row],
+    *,
+    metrics: Sequence[str],
+    adapters: tuple[str, ...] | None,
+) -> dict[str, Any]:
+    """Measure `metrics` on `rows`; without any: eval_loss, and accuracy where rows have labels.
+
+    Raises ConfigError for an unknown metric.
+    """
+    names = section.labels or labels(rows)
     encoded = encode_rows(rows, template, tokenizer, cutoff=section.cutoff, cut=section.cut)
     subject = Subject(model, tokenizer, template, tuple(rows), encoded.examples, tuple(names), adapters)
     wanted = list(metrics) or ["eval_loss", *(["accuracy"] if len(names) > 1 else [])]
-    return {"data": section.train, "split": split, "rows": len(rows), **measure(subject, wanted)}
+    return {"rows": len(rows), **measure(subject, wanted)}
