@@ -46,7 +46,7 @@ def cores() -> int:
 
 
 def share_cores() -> None:
-    """Let threads that wait sleep soon, before torch is imported; the user's own OMP_WAIT_POLICY or GOMP_SPINCOUNT wins.
+    """Let threads that wait sleep soon; call it before torch is imported. OMP_WAIT_POLICY and GOMP_SPINCOUNT win.
 
     By default GNU OpenMP's threads wait in a busy loop. On a machine whose cores others use too, training was 1.7 times
     slower for it; on a quiet one sleeping this soon costs 5%.

@@ -19,6 +19,7 @@ import typer
 
 from tunesmith import __version__
 from tunesmith.errors import Interrupted, TunesmithError
+from tunesmith.hardware import share_cores
 
 if TYPE_CHECKING:
     from rich.console import Console
