@@ -133,7 +133,7 @@ def test_classification_is_asked_with_an_instruction(write):
         ("a.jsonl", '{"a":' * 200_000 + "1" + "}" * 200_000, ["a.jsonl:1", "nested too deeply"]),
         ("a.json", "[" + '{"a":' * 200_000, ["a.json:1", "nested too deeply"]),
         ("a.jsonl", '{"text": ' + "9" * 5_000_000 + "}", ["a.jsonl:1", "digits"]),
-        ("a.jsonl.gz", gzip.compress(JSONL.encode())[:-12], ["cannot be read"]),
+        ("a.jsonl.gz", gzip.compress(JSONL.encode(), mtime=0)[:-12], ["cannot be read"]),
         ("a.jsonl.gz", b"not gzip at all", ["cannot be read"]),
         ("a.parquet", b"PAR1 nonsense PAR1", ["not a readable Parquet file"]),
         ("a.jsonk", JSONL, ["unknown kind of file", "did you mean '.json"]),
