@@ -159,7 +159,8 @@ def test_settings_and_variables_in_the_text_exist() -> None:
             assert not match or code in MODULES or is_key(match[1], match[2]), (
                 f"{path.name}: there is no setting {code}"
             )
-    source = "".join(path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py"))
+    files = [*SOURCE.rglob("*.py"), *(ROOT / "bench").glob("*.py")]
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
     for name in {name for path in PAGES for name in re.findall(r"TUNESMITH_\w+", path.read_text(encoding="utf-8"))}:
         assert f'"{name}"' in source, f"nothing reads {name}"
 

@@ -120,9 +120,17 @@ _SHORT = {
 }
 
 
-def generate(loaded: Loaded, prompt: str, **options: Any) -> dict[str, Any]:
-    """Answer one prompt: `generate_all` of it."""
-    return generate_all(loaded, [prompt], **options)[0]
+def generate(
+    loaded: Loaded,
+    prompt: str,
+    *,
+    use: str | None = None,
+    system: str | None = None,
+    on_text: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Answer one prompt; see `generate_all`."""
+    return generate_all(loaded, [prompt], use=use, system=system, on_text=on_text, **settings)[0]
 
 
 def generate_all(

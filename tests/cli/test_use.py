@@ -21,7 +21,10 @@ def answering(api):
                 on_text(letter)
         return {"text": text.upper(), "tokens": len(text)}
 
-    api.answers |= {"load": "LOADED", "generate": generate}
+    def generate_all(loaded, texts, **options):
+        return [generate(loaded, text, **options) for text in texts]
+
+    api.answers |= {"load": "LOADED", "generate": generate, "generate_all": generate_all}
     return api
 
 
@@ -32,8 +35,8 @@ def test_only_settings_that_were_given_are_passed_on(answering, tunesmith_comman
     assert (code, out) == (0, "HI\n")
     assert answering.calls[0] == ("load", ("runs/a",), {"dtype": "auto", "device": "auto", "adapter": None})
     name, args, settings = answering.calls[1]
-    assert (name, args) == ("generate", ("LOADED", "hi"))
-    assert settings == {"use": None, "on_text": None, "temperature": 0.5, "top_k": 3, "stop": ["x"]}
+    assert (name, args) == ("generate_all", ("LOADED", ["hi"]))
+    assert settings == {"use": None, "temperature": 0.5, "top_k": 3, "stop": ["x"]}
 
 
 def test_streaming_prints_the_same_text(answering, tunesmith_command):
@@ -67,7 +70,7 @@ def test_json_is_a_line_a_prompt(answering, tunesmith_command):
 def test_prompts_from_a_file(answering, tunesmith_command, tmp_path, name, text, prompts):
     (tmp_path / name).write_text(text)
     assert tunesmith_command("generate", "m", "--file", str(tmp_path / name))[0] == 0
-    assert [args[1] for call, args, _ in answering.calls if call == "generate"] == prompts
+    assert [args[1] for call, args, _ in answering.calls if call == "generate_all"] == [prompts]  # in one batch
 
 
 @pytest.mark.parametrize(
