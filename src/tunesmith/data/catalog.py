@@ -166,13 +166,13 @@ def install(item: Item) -> Path:
 def _fetch(item: Item, folder: Path) -> None:
     check_space(folder.parent, _needed(item), item.name)
     with atomic_folder(folder) as staging:
-        workplace = staging / ".download"
-        workplace.mkdir()
+        scratch = staging / ".download"
+        scratch.mkdir()
         with progress_bar() as bar:
-            archive = download(item.archive, workplace, bar)
+            archive = download(item.archive, scratch, bar)
         item.build(archive, staging)
         (staging / _SOURCE).write_text(json.dumps(item.source(), indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(workplace)
+        shutil.rmtree(scratch)
 
 
 def _is_installed(item: Item, folder: Path) -> bool:
