@@ -188,3 +188,20 @@ def test_the_terminal_talks_with_what_was_trained(command, monkeypatch, tiny_bas
     code, out, err = command("chat", run.folder, "--max-new-tokens", "3")
     assert code == 0, err
     assert api.generate(loaded, "A joy.", max_new_tokens=3)["text"].strip() in out
+
+
+def test_a_run_is_measured_on_what_it_held_out_and_never_on_its_own_rows(tiny_base, tmp_path):
+    file = write_rows(tmp_path / "all.jsonl", reviews(24))
+    folders = []
+    for name, more in (("held", {"valid_size": 6}), ("whole", {})):
+        loaded = ts.load(tiny_base, dtype="float32")
+        ts.attach(loaded, "lora", rank=2)
+        run = ts.train(
+            loaded, data=file, max_steps=1, template="alpaca-short", samples=0, console=quiet(),
+            output_dir=str(tmp_path), name=name, **more,
+        )  # fmt: skip
+        folders.append(run.folder)
+    assert api.evaluate(folders[0], metrics=["eval_loss"])["rows"] == 6
+    with pytest.raises(DataError, match="is what the run was trained on"):
+        api.evaluate(folders[1], metrics=["eval_loss"])
+    assert api.evaluate(folders[1], data=str(file), metrics=["eval_loss"])["rows"] == 24  # asked for by name

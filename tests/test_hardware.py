@@ -106,3 +106,17 @@ def test_revision_is_the_checkouts(tmp_path, monkeypatch):
     assert hardware._revision() is None
     (tmp_path / ".git").mkdir()  # a folder that git does not know
     assert hardware._revision() is None
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "8000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_waiting_threads_sleep_soon_unless_told_otherwise(monkeypatch, given, expected):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that monkeypatch puts back what was there
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    hardware.share_cores()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected

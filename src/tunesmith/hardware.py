@@ -48,8 +48,8 @@ def cores() -> int:
 def share_cores() -> None:
     """Let threads that wait sleep soon; call it before torch is imported. OMP_WAIT_POLICY and GOMP_SPINCOUNT win.
 
-    By default GNU OpenMP's threads wait in a busy loop. On a machine whose cores others use too, training was 1.7 times
-    slower for it; on a quiet one sleeping this soon costs 5%.
+    By default GNU OpenMP's threads wait in a busy loop, and take the core from whoever would let them go on. Sleeping
+    this soon costs little on a quiet machine and gains much on a shared one (docs/decisions.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "8000")

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, copied. Raises AdapterError for a missing, damaged or empty one."""
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file of an adapter. Raises AdapterError, then or in the block, if it is missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -58,9 +60,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{path}: missing, so there are no weights; copy the whole adapter folder")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{path}: damaged ({str(error)[:80]}); copy it again") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, copied. Raises AdapterError for a missing, damaged or empty one."""
+    with open_tensors(path) as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     if not tensors:
         raise AdapterError(
             f"{path}: an empty adapter of {path.stat().st_size} bytes: its state dict was filtered twice when it was "

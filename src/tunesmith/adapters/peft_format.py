@@ -25,7 +25,7 @@ from tunesmith import __version__
 from tunesmith.adapters import Adapter, Method, attach, find_method, kinds
 from tunesmith.adapters.base import Exchangeable
 from tunesmith.adapters.model_card import model_card
-from tunesmith.adapters.peft_config import PREFIX, check_tensors, read_object, read_tensors, refuse_pickle
+from tunesmith.adapters.peft_config import PREFIX, check_tensors, open_tensors, read_object, read_tensors, refuse_pickle
 from tunesmith.errors import AdapterError, ConfigError, did_you_mean
 from tunesmith.files import atomic_save_safetensors, atomic_write_json, atomic_write_text
 from tunesmith.model.llama import Llama
@@ -238,16 +238,8 @@ def _kind_of(config: Mapping[str, Any], folder: Path) -> str:
 
 def _sizes(path: Path) -> dict[str, int]:
     """Elements of each tensor of a safetensors file, from its header."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        refuse_pickle(path.parent)
-        raise AdapterError(f"{path}: missing, so there are no weights; copy the whole adapter folder")
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{path}: damaged ({str(error)[:80]}); copy it again") from None
+    with open_tensors(path) as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
     return {name: int(torch.Size(shape).numel()) for name, shape in shapes.items()}
 
 

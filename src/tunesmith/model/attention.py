@@ -38,7 +38,7 @@ def attend(
 
 def _attend_tiled(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) -> Tensor:
     tiles = layout.tiles(window)
-    return _attend_native(q, k, v, tiles) if kernels_for(q, k, v) else _Attend.apply(q, k, v, *tiles)
+    return (_Native if kernels_for(q, k, v) else _Attend).apply(q, k, v, *tiles)
 
 
 def _attend_dense(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) -> Tensor:
@@ -197,11 +197,6 @@ class _Attend(torch.autograd.Function):
         q, k, v, out, sums, *tiles = ctx.saved_tensors
         grads = tiled_attention_backward(grad.contiguous(), q, k, v, out, sums, tiles)
         return *grads, *[None] * len(tiles)
-
-
-def _attend_native(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tensor, ...]) -> Tensor:
-    """The same on the CPU's own kernels."""
-    return _Native.apply(q, k, v, *tiles)
 
 
 KEPT_KEYS = (
