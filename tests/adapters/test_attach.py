@@ -11,6 +11,7 @@ from torch import nn
 
 from tunesmith.adapters import Placement, attach, detach, find_method, kinds
 from tunesmith.adapters.base import Adapter, Delta, install
+from tunesmith.config import validate_section
 from tunesmith.errors import AdapterError, CannotMerge, ConfigError
 from tunesmith.model.llama import Llama
 
@@ -22,7 +23,8 @@ def test_methods_are_found_by_listing_the_folder() -> None:
     for kind in kinds():
         method = find_method(kind)
         assert method.kind == kind and method.learning_rate > 0
-        assert isinstance(method.identity_at_init, bool) and isinstance(method.mergeable, bool)
+        start = validate_section(method.settings, {}, "adapter")
+        assert isinstance(method.identity_at_init(start), bool) and isinstance(method.mergeable(start), bool)
 
 
 def test_unknown_method_names_the_nearest() -> None:
@@ -92,7 +94,7 @@ def test_a_name_is_used_once() -> None:
 class Broken:
     """A method whose placements are given to it."""
 
-    kind, settings, learning_rate, identity_at_init, mergeable = "broken", dict, 1.0, True, False
+    kind, settings, learning_rate = "broken", dict, 1.0
 
     def __init__(self, *places: tuple[str, str]) -> None:
         self.places = places

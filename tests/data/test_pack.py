@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tunesmith.data import pack as pack_module
 from tunesmith.data.encode import Example
-from tunesmith.data.pack import Pack, build_pack, plan_packs, prefix_tree
+from tunesmith.data.pack import Pack, plan_packs, prefix_tree
 
 
 def example(ids: Sequence[int], supervised: Sequence[bool] | None = None, source: str = "made") -> Example:
@@ -158,7 +158,7 @@ def test_no_targets() -> None:
 
 
 def test_indices_name_the_callers_examples() -> None:
-    assert build_pack([example([1, 2])], [17]).examples == (17,)
+    assert plan_packs([*[example([])] * 17, example([1, 2])], budget=10)[0].examples == (17,)
 
 
 def test_deep_tries_do_not_recurse() -> None:

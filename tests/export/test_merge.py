@@ -170,7 +170,7 @@ def test_out_is_not_overwritten_unasked(base, tmp_path):
 class Stubborn:
     """A method whose delta cannot be folded."""
 
-    kind, settings, learning_rate, identity_at_init, mergeable = "stubborn", dict, 1.0, True, False
+    kind, settings, learning_rate = "stubborn", dict, 1.0
 
     def place(self, model, settings) -> Iterator[Placement]:
         """One delta, on the first q_proj."""

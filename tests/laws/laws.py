@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.laws.small import (
@@ -16,6 +17,7 @@ from tests.laws.small import (
     disturb,
     examples,
     logits_of,
+    packs_of,
     padded,
     relative,
     run_packs,
@@ -25,10 +27,9 @@ from tests.laws.small import (
 from torch import Tensor, nn
 
 import tunesmith.model.llama as llama_module
-from tunesmith.adapters import Adapter, Method
+from tunesmith.adapters import Adapter, Delta, Method, attach
 from tunesmith.adapters.base import install
 from tunesmith.config import validate_section
-from tunesmith.data.pack import plan_packs
 from tunesmith.errors import CannotMerge
 from tunesmith.model.attention import attend
 from tunesmith.model.fused import PLAIN, rms_norm, rotate, swiglu
@@ -36,6 +37,7 @@ from tunesmith.model.layout import Layout
 from tunesmith.model.linear import Linear
 from tunesmith.model.llama import Decoder, Llama, RMSNorm
 from tunesmith.model.seam import Context
+from tunesmith.model.virtual import VIRTUAL
 from tunesmith.train.loss import plain_loss
 
 
@@ -78,7 +80,7 @@ def identity_at_init(case: Case) -> None:
         before = logits_of(model, *sample_row())
         adapter = case.attach(model)
         start = logits_of(model, *sample_row())
-        if case.method.identity_at_init:
+        if case.method.identity_at_init(adapter.settings):
             assert torch.equal(before, start), f"logits moved by {(before - start).abs().max():.1e}"
         disturb(adapter)
         assert not torch.equal(start, logits_of(model, *sample_row())), "what is trained has no effect on the logits"
@@ -93,7 +95,7 @@ def moved_is_trainable(case: Case) -> None:
     before = snapshot(model)
     trained = {id(p) for p in adapter.trainable.values()}
     optimizer = torch.optim.AdamW(list(adapter.trainable.values()), lr=1e-2, weight_decay=0.0)
-    packs = plan_packs(examples(), budget=200)
+    packs = packs_of(model, examples(), 200)
     for _ in range(3):
         run_packs(model, packs, adapter)
         optimizer.step()
@@ -116,7 +118,7 @@ def gradient_survives_evaluation(case: Case) -> None:
     model = build().train()
     adapter = case.attach(model)
     disturb(adapter)
-    packs = plan_packs(examples(), budget=200)
+    packs = packs_of(model, examples(), 200)
     torch.manual_seed(0)
     before = run_packs(model, packs, adapter)
     model.eval()
@@ -147,14 +149,15 @@ def folded_is_unfolded(case: Case) -> None:
     model = build()
     adapter = case.attach(model)
     disturb(adapter)
-    if not case.method.mergeable:
-        for place, delta in adapter.deltas.items():
-            host = model.get_submodule(place.rpartition(".")[0])
-            with pytest.raises(CannotMerge):
-                delta.fold(getattr(host, "weight", torch.zeros(2, 2)), None)
+    if not case.method.mergeable(adapter.settings):
+        assert not adapter.deltas or not all(_folds(model, *item) for item in adapter.deltas.items()), (
+            "all of its deltas fold, though it says that it cannot: CannotMerge is due"
+        )
         return
     expected = logits_of(model, *sample_row())
     plain = build()
+    for name, parameter in adapter.base.items():
+        plain.get_parameter(name).copy_(parameter.detach())
     for place, delta in adapter.deltas.items():
         host = plain.get_submodule(place.rpartition(".")[0])
         weight, bias = delta.fold(host.weight, getattr(host, "bias", None))
@@ -165,17 +168,47 @@ def folded_is_unfolded(case: Case) -> None:
     assert off < 1e-10, f"folded weights compute something else: {off:.1e}"
 
 
+def _folds(model: Llama, place: str, delta: Delta) -> bool:
+    host = model.get_submodule(place.rpartition(".")[0])
+    try:
+        delta.fold(getattr(host, "weight", torch.zeros(2, 2)), None)
+    except CannotMerge:
+        return False
+    return True
+
+
+def routed_is_alone(case: Case) -> None:
+    """Segments of one row that use different adapters compute what each of them computes with its own alone."""
+    model = build()
+    adapter = case.attach(model)
+    if adapter.base:
+        return  # it changes the base itself: every segment has it
+    disturb(adapter)
+    spec = {"kind": "lora", "rank": 2, "target_modules": "(lm_head|.*(q_proj|down_proj))"}
+    disturb(attach(model, spec, name="other"))
+    tokens, layout = sample_row()
+    for mine, theirs in ((("law",), ("other",)), (("law",), ()), (("law", "other"), ("law",))):
+        routes = [mine, mine, mine, theirs]
+        with torch.no_grad():
+            ctx = model.context(layout, routes=routes)
+            mixed = model.logits(model.run(tokens, ctx), ctx)
+        for segment, names in enumerate(routes):
+            rows = slice(layout.starts[segment], layout.starts[segment] + layout.lengths[segment])
+            off = (mixed[rows] - logits_of(model, tokens, layout, adapters=names)[rows]).abs().max()
+            assert off < 1e-10, f"segment {segment}, routed to {names}, is {off:.1e} from these alone"
+
+
 def packed_is_padded(case: Case) -> None:
     """Packed with shared prefixes, on the fast operators, equals the plain padded formulation on the plain formulas."""
     model = build().train()
     adapter = case.attach(model)
     disturb(adapter)
     some = examples()
-    packs = plan_packs(some, budget=10_000)
+    packs = packs_of(model, some)
     assert len(packs) == 1 and packs[0].layout.tokens < sum(len(e.ids) for e in some), "the test shares nothing"
     loss, gradient = run_packs(model, packs, adapter)
     with plain_formulas():
-        twin_loss, twin = run_packs(model, padded(some), adapter, plain_loss)
+        twin_loss, twin = run_packs(model, padded(model, some), adapter, plain_loss)
     assert abs(loss - twin_loss) <= 1e-10 * abs(twin_loss), f"loss {loss} is not the padded {twin_loss}"
     assert relative(gradient, twin) < 1e-8, f"gradient off by {relative(gradient, twin):.1e}"
 
@@ -189,7 +222,7 @@ def examples_stand_alone(case: Case) -> None:
     together = logits_of(model, tokens, layout)
     for segment in range(len(layout.lengths)):
         rows = torch.from_numpy(layout.rows_of(segment))
-        alone = logits_of(model, tokens[rows], Layout.single(len(rows)))
+        alone = logits_of(model, tokens[rows], Layout.of([len(rows)], answer_ends=layout.answer_ends[rows]))
         off = (together[rows] - alone).abs().max()
         assert off < 1e-10, f"segment {segment} is {off:.1e} from what it is alone"
 
@@ -201,9 +234,9 @@ def split_does_not_matter(case: Case) -> None:
         adapter = case.attach(model)
         disturb(adapter)
         some = examples()
-        loss, gradient = run_packs(model, plan_packs(some, budget=10_000), adapter)
+        loss, gradient = run_packs(model, packs_of(model, some), adapter)
         for options in ({"max_rows": 1}, {"max_rows": 2}, {"max_rows": 4, "share": False}, {"budget": 60}):
-            packs = plan_packs(some, **{"budget": 10_000, **options})
+            packs = packs_of(model, some, **options)
             assert len(packs) > 1
             other, split = run_packs(model, packs, adapter)
             assert abs(other - loss) <= limit * abs(loss), f"{options}: loss {other}, not {loss}"
@@ -215,7 +248,7 @@ def recompute_changes_nothing(case: Case) -> None:
     model = build().train()
     adapter = case.attach(model)
     disturb(adapter)
-    packs = plan_packs(examples(), budget=10_000, share=not case.random)
+    packs = packs_of(model, examples(), share=not case.random)
     torch.manual_seed(5)
     loss, gradient = run_packs(model, packs, adapter)
     torch.manual_seed(5)
@@ -235,7 +268,7 @@ def compiled_is_eager(case: Case, backend: str = "aot_eager") -> None:
     disturb(adapter)
     tokens, layout = sample_row()
     ctx = model.context(layout)
-    h = model.model.embed_tokens(tokens).detach()
+    h = model.embedded(tokens, ctx).detach()
     block = model.model.layers[0]
     inside = [p for k, p in model.named_parameters() if k.startswith("model.layers.") and p.requires_grad]
 
@@ -254,8 +287,9 @@ def delta_gradients(case: Case) -> None:
     model = build(replace(TINY, hidden_size=8, intermediate_size=6, head_dim=4, num_attention_heads=2, vocab_size=9))
     adapter = case.attach(model)
     disturb(adapter)
-    layout = Layout.of([2, 1], [-1, 0])
+    layout = Layout.of([2, 1], [-1, 0], answer_ends=np.array([2, 1, 0]))
     ctx = model.context(layout)
+    size, ids = ctx.layout.tokens, torch.tensor([*[VIRTUAL] * ctx.extra, 1, 2, 3])
     seen = set()
     for place, delta in adapter.deltas.items():
         path, _, seam = place.rpartition(".")
@@ -264,11 +298,13 @@ def delta_gradients(case: Case) -> None:
             continue
         seen.add(key)
         width = host.in_features if isinstance(host, Linear) else len(host.weight) if isinstance(host, RMSNorm) else 8
-        x = torch.randn(3, width, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)
+        x = torch.randn(
+            size, width, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True
+        )
         own = [p for p in delta.parameters() if p.requires_grad]
 
         def edited(value: Tensor, *_: Tensor, host: Any = host) -> Tensor:
-            return host.embed(value, host, ctx) if isinstance(host, Decoder) else host(value, ctx)
+            return host.embed(value, host, ctx, ids) if isinstance(host, Decoder) else host(value, ctx)
 
         assert torch.autograd.gradcheck(edited, (x, *own)), place
 
@@ -279,6 +315,7 @@ DETERMINISTIC = [
     folded_is_unfolded,
     packed_is_padded,
     examples_stand_alone,
+    routed_is_alone,
     split_does_not_matter,
     delta_gradients,
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,14 +85,19 @@ def run_packs(
     return total, torch.cat([g.flatten() for g in grads])
 
 
-def padded(some: Sequence[Example], pad: int = 0) -> list[Pack]:
+def packs_of(model: Llama, some: Sequence[Example], budget: int = 10_000, **options: Any) -> list[Pack]:
+    """The examples packed as training packs them for this model and what is attached to it."""
+    return plan_packs(some, budget=budget, needs=model.needs(), **options)
+
+
+def padded(model: Llama, some: Sequence[Example], pad: int = 0) -> list[Pack]:
     """The plain formulation: every example in a row of its own, padded at its end to the longest."""
     longest = max(len(e.ids) for e in some)
     wide = []
     for e in some:
         gap = longest - len(e.ids)
         wide.append(Example(np.pad(e.ids, (0, gap), constant_values=pad), np.pad(e.supervised, (0, gap)), e.source))
-    return plan_packs(wide, budget=longest, max_rows=1, share=False)
+    return packs_of(model, wide, longest, max_rows=1, share=False)
 
 
 def logits_of(model: Llama, tokens: Tensor, layout: Layout, adapters: tuple[str, ...] | None = None) -> Tensor:
@@ -103,7 +109,8 @@ def logits_of(model: Llama, tokens: Tensor, layout: Layout, adapters: tuple[str,
 
 def sample_row(vocab: int = VOCAB, seed: int = 3) -> tuple[Tensor, Layout]:
     """A row of four segments, two of them behind a common one."""
-    layout = Layout.of([7, 11, 5, 9], [-1, 0, 0, -1])
+    near = np.array([*[0] * 7, *[0, 0, 0, 4, 3, 2, 1, 0, 0, 0, 0], *[0, 4, 3, 2, 1], *[0, 4, 3, 2, 1, 0, 0, 0, 0]])
+    layout = Layout.of([7, 11, 5, 9], [-1, 0, 0, -1], answer_ends=near)  # the third has its answer to come
     return torch.randint(0, vocab, (layout.tokens,), generator=torch.Generator().manual_seed(seed)), layout
 
 

@@ -20,7 +20,17 @@ from tunesmith.model.seam import Context, Seam
 
 
 class Delta(nn.Module):
-    """Base of the modules that sit in a seam. Owns its parameters and buffers; no caches, no reference to its host."""
+    """Base of the modules that sit in a seam. Owns its parameters and buffers; no caches, no reference to its host.
+
+    `adapter` is the name that it is attached under. `virtual_tokens`: how many tokens of its own it puts before every
+    example (see `Context.virtual`); `infix_tokens`: how many right before every answer; `answer_ends`: of how many of
+    a prompt's last tokens it must be told (see `Context.to_answer`). The latter three are for deltas in `model.embed`.
+    """
+
+    adapter: str = ""
+    virtual_tokens: int = 0
+    infix_tokens: int = 0
+    answer_ends: int = 0
 
     def forward(self, value: Any, host: nn.Module, ctx: Context, given: Any) -> Any:
         """Return the edited value. `host` owns the seam; `given` is what else the seam knows."""
@@ -53,8 +63,12 @@ class Method(Protocol):
     kind: str
     settings: type  # a strict pydantic dataclass: what the user may write under `adapter:`
     learning_rate: float  # the default that works
-    identity_at_init: bool  # does attaching it leave the model's output exactly as it was?
-    mergeable: bool
+
+    def identity_at_init(self, settings: Any) -> bool:
+        """Does attaching it leave the model's output exactly as it was?"""
+
+    def mergeable(self, settings: Any) -> bool:
+        """Do all of its deltas fold into plain weights?"""
 
     def place(self, model: Llama, settings: Any) -> Iterator[Placement]:
         """Yield the deltas to put into the model, freshly initialised, in float32."""
@@ -164,6 +178,7 @@ def install(model: Llama, method: Method, settings: Any, name: str, seed: int) -
     dtype = torch.promote_types(model.dtype, torch.float32)
     for place, placement in zip(places, placements, strict=True):
         delta = placement.delta.to(device=model.device, dtype=dtype).train(model.training)
+        delta.adapter = name
         seams[place][name] = delta
         adapter.deltas[place] = delta
     for key, parameter in base.items():

@@ -23,9 +23,15 @@ class Full:
     kind = "full"
     settings = FullSettings
     learning_rate = 2e-5
-    identity_at_init = True
-    mergeable = False
     trains_base = True  # so the base is held in float32: half precision would round small updates away
+
+    def identity_at_init(self, settings: FullSettings) -> bool:
+        """See `Method`."""
+        return True
+
+    def mergeable(self, settings: FullSettings) -> bool:
+        """See `Method`."""
+        return False
 
     def place(self, model: Llama, settings: FullSettings) -> Iterator[Placement]:
         """No deltas."""

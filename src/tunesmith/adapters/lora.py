@@ -101,9 +101,15 @@ class LoRA:
     kind = "lora"
     settings = LoRASettings
     learning_rate = 5e-4
-    identity_at_init = True
-    mergeable = True
     peft_type = "LORA"
+
+    def identity_at_init(self, settings: LoRASettings) -> bool:
+        """See `Method`."""
+        return True
+
+    def mergeable(self, settings: LoRASettings) -> bool:
+        """See `Method`."""
+        return True
 
     def place(self, model: Llama, settings: LoRASettings) -> Iterator[Placement]:
         """One delta on each target. Raises AdapterError where a pattern matches nothing."""

@@ -11,7 +11,7 @@ example that has it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from tunesmith.data.encode import Example
 from tunesmith.model.layout import Layout
+from tunesmith.model.virtual import Needs
 
+NOTHING = Needs()
 MIN_SAVING = 8  # tokens that sharing must save: below, one more segment costs more than it saves
 
 
@@ -91,26 +93,33 @@ def plan_packs(
     max_rows: int | None = None,
     share: bool = True,
     device: torch.device | str = "cpu",
+    needs: Needs = NOTHING,
 ) -> list[Pack]:
     """Pack `examples` into as few rows of at most `budget` tokens (shared ones counted once) as are needed, evenly
     filled.
 
     `max_rows` bounds the examples of a pack. An example longer than the budget has a pack to itself. Empty examples
-    vanish.
+    vanish. `needs`: what the attached adapters must find in the row (`Llama.needs`).
     """
+    if needs.infix:
+        examples = [with_infix(e, needs.infix) if len(e.ids) else e for e in examples]
     indices = [i for i, e in enumerate(examples) if len(e.ids)]
     if share:  # neighbours share the most
         indices.sort(key=lambda i: examples[i].ids.tolist())
     groups = _divide(examples, indices, budget, max_rows, share)
-    return [build_pack([examples[i] for i in group], group, share, device) for group in groups]
+    return [_build(examples, group, share, device, needs.ends) for group in groups]
 
 
-def build_pack(
-    examples: Sequence[Example], indices: Sequence[int], share: bool = True, device: torch.device | str = "cpu"
+def _build(
+    examples: Sequence[Example], indices: Sequence[int], share: bool, device: torch.device | str, ends: int
 ) -> Pack:
-    """Lay `examples` out as one pack; `indices` is what the pack calls them."""
-    nodes = prefix_tree([e.ids for e in examples], share)
-    layout = Layout.of([n.stop - n.start for n in nodes], [n.parent for n in nodes], device)
+    """Lay those examples out as one pack."""
+    examples = [examples[i] for i in indices]
+    marks = [answer_ends(e, ends) for e in examples]
+    # What is edited differently is not the same token, so it is not shared: marks stand above the ids' 32 bits.
+    nodes = prefix_tree([e.ids + (mark << 32) for e, mark in zip(examples, marks, strict=True)], share)
+    told = np.concatenate([marks[n.members[0]][n.start : n.stop] for n in nodes]) if ends and nodes else None
+    layout = Layout.of([n.stop - n.start for n in nodes], [n.parent for n in nodes], device, told)
     tokens = np.concatenate([examples[n.members[0]].ids[n.start : n.stop] for n in nodes]).astype(np.int64)
     rows = [np.zeros(len(e.ids), np.int64) for e in examples]
     for node, first in zip(nodes, layout.starts, strict=True):
@@ -126,6 +135,28 @@ def build_pack(
         tuple(indices),
         tuple(rows),
     )
+
+
+def with_infix(example: Example, infix: int) -> Example:
+    """The example with tokens -1 to -infix right before every answer; at its end, if it holds no answer."""
+    at = _answers(example)
+    ids = np.insert(example.ids, np.repeat(at, infix), np.tile(-1 - np.arange(infix), len(at)))
+    return replace(example, ids=ids, supervised=np.insert(example.supervised, np.repeat(at, infix), False))
+
+
+def answer_ends(example: Example, most: int) -> np.ndarray:
+    """How far before the next answer each token stands, (n,): 1 is the prompt's last; 0: over `most`, or inside."""
+    at = _answers(example)
+    place = np.arange(len(example.ids))
+    following = np.searchsorted(at, place, side="right")
+    ends = np.append(at, len(place) + most + 1)[following] - place
+    return np.where((ends > most) | example.supervised, 0, ends)
+
+
+def _answers(example: Example) -> np.ndarray:
+    """Where answers begin; an example without any is a prompt, and is answered after its end."""
+    starts = np.flatnonzero(example.supervised & ~np.append(False, example.supervised[:-1]))
+    return starts if len(starts) else np.array([len(example.ids)])
 
 
 def _targets(examples: Sequence[Example], rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

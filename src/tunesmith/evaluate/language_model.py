@@ -24,7 +24,7 @@ def language_model_metrics(
     Raises DataError where no token is supervised.
     """
     loss = correct = tokens = 0.0
-    for pack in plan_packs(examples, budget=budget, device=model.device):
+    for pack in plan_packs(examples, budget=budget, device=model.device, needs=model.needs(adapters)):
         ctx = model.context(pack.layout, adapters=adapters)
         hidden = model.run(pack.tokens, ctx).index_select(0, pack.where)
         for rows, logits in model.logits_in_parts(hidden, ctx):

@@ -10,15 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tunesmith import __version__
+from tunesmith.data.encode import Example
+from tunesmith.data.pack import plan_packs
 from tunesmith.errors import AdapterError
 from tunesmith.files import atomic_save_safetensors
 from tunesmith.inference.generate import evaluation_mode
 from tunesmith.model.config import ModelConfig
-from tunesmith.model.layout import Layout
 from tunesmith.model.llama import Llama
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenizer.base import GOLDEN
@@ -111,8 +113,14 @@ def logits_at(model: Llama, probe: Probe, adapters: tuple[str, ...] | None) -> T
             f"the probe holds token {int(probe.tokens.max())}, this base has {model.config.vocab_size}: another model"
         )
     with evaluation_mode(model):
-        ctx = model.context(Layout.of(probe.lengths, device=model.device), adapters=adapters)
-        hidden = model.run(probe.tokens.to(model.device), ctx)
+        parts = probe.tokens.numpy().astype(np.int32)
+        rows = [
+            Example(ids, np.zeros(len(ids), bool), "probe") for ids in np.split(parts, np.cumsum(probe.lengths)[:-1])
+        ]
+        needs = model.needs(adapters)
+        (pack,) = plan_packs(rows, budget=1 << 30, share=False, device=model.device, needs=needs)
+        ctx = model.context(pack.layout, adapters=adapters)
+        hidden = model.run(pack.tokens, ctx)[pack.tokens >= 0]  # the probe's own tokens, without an adapter's infix
         return model.logits(hidden[probe.positions.to(model.device)], ctx).cpu()
 
 

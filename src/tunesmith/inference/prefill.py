@@ -8,13 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.data.pack import prefix_tree
+from tunesmith.data.encode import Example
+from tunesmith.data.pack import NOTHING, answer_ends, prefix_tree, with_infix
 from tunesmith.errors import AdapterError, GenerationError, did_you_mean
 from tunesmith.model.cache import Cache
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.layout import Layout
 from tunesmith.model.llama import Llama
 from tunesmith.model.seam import Seam
+from tunesmith.model.virtual import Needs
 
 
 def context_limit(config: ModelConfig) -> int | None:
@@ -84,7 +86,7 @@ def prefill(
 
     What several prompts begin with is computed once.
     """
-    tokens, layout = pack_prompts(prompts, share_prefix, model.device)
+    tokens, layout = pack_prompts(prompts, share_prefix, model.device, model.needs(adapters))
     cache = Cache(model.config, len(prompts), max(map(len, prompts)) + room, model.dtype, model.device)
     ends = [start + length - 1 for start, length in zip(layout.starts, layout.lengths, strict=True)]
     return cache, forward_last(
@@ -93,26 +95,39 @@ def prefill(
 
 
 def pack_prompts(
-    prompts: Sequence[Sequence[int]], share_prefix: bool, device: torch.device | str = "cpu"
+    prompts: Sequence[Sequence[int]],
+    share_prefix: bool,
+    device: torch.device | str = "cpu",
+    needs: Needs = NOTHING,
 ) -> tuple[np.ndarray, Layout]:
     """Tokens and layout of a row: what prompts share, then each prompt's own end, in order.
 
     Every prompt keeps at least its last token to itself, whatever it shares: its logits are read there, and its keys
-    and values become a sequence of the cache.
+    and values become a sequence of the cache. `needs`: what the adapters must find there (`Llama.needs`).
     """
-    ids = [np.asarray(prompt, np.int64) for prompt in prompts]
+    ids = [with_infix(_example(prompt), needs.infix).ids.astype(np.int64) for prompt in prompts]
+    marks = [answer_ends(_example(prompt), needs.ends) for prompt in ids]
     begins, parent_of = [0] * len(ids), [-1] * len(ids)
-    shared: list[np.ndarray] = []
+    shared: list[tuple[int, int, int]] = []  # prompt, from, to
     parents: list[int] = []
     number: dict[int, int] = {}
-    nodes = prefix_tree([prompt[:-1] for prompt in ids]) if share_prefix and len(ids) > 1 else []
+    keys = [(prompt + (mark << 32))[:-1] for prompt, mark in zip(ids, marks, strict=True)]  # as in data/pack.py
+    nodes = prefix_tree(keys) if share_prefix and len(ids) > 1 else []
     for i, node in enumerate(nodes):
         if len(node.members) == 1:
             continue  # a prompt's own end: laid out below, with its last token
         number[i] = len(shared)
-        shared.append(ids[node.members[0]][node.start : node.stop])
+        shared.append((node.members[0], node.start, node.stop))
         parents.append(number.get(node.parent, -1))
         for member in node.members:
             begins[member], parent_of[member] = node.stop, number[i]
-    segments = [*shared, *(prompt[begin:] for prompt, begin in zip(ids, begins, strict=True))]
-    return np.concatenate(segments), Layout.of([len(s) for s in segments], [*parents, *parent_of], device=device)
+    cuts = [*shared, *((i, begin, len(ids[i])) for i, begin in enumerate(begins))]
+    told = np.concatenate([marks[i][start:stop] for i, start, stop in cuts]) if needs.ends else None
+    layout = Layout.of([stop - start for _, start, stop in cuts], [*parents, *parent_of], device, told)
+    return np.concatenate([ids[i][start:stop] for i, start, stop in cuts]), layout
+
+
+def _example(prompt: Sequence[int] | np.ndarray) -> Example:
+    """A prompt as an example without an answer."""
+    ids = np.asarray(prompt, np.int64)
+    return Example(ids, np.zeros(len(ids), bool), "")

@@ -45,7 +45,8 @@ def score_continuations(
     pairs = [(i, j) for i, options in enumerate(continuations) for j in range(len(options))]
     examples = [_example(prompts[i], continuations[i][j]) for i, j in pairs]
     with evaluation_mode(model):
-        for pack in plan_packs(examples, budget=pack_tokens, share=share_prefix, device=model.device):
+        needs = model.needs(adapters)
+        for pack in plan_packs(examples, budget=pack_tokens, share=share_prefix, device=model.device, needs=needs):
             targets = [np.asarray(continuations[i][j], np.int64) for i, j in (pairs[e] for e in pack.examples)]
             for example, chance in zip(pack.examples, _sums(model, pack, targets, adapters), strict=True):
                 i, j = pairs[example]
@@ -56,7 +57,7 @@ def score_continuations(
 def _example(prompt: Sequence[int], continuation: Sequence[int]) -> Example:
     """What the model must read: everything but the last token, which only has to be predicted."""
     ids = np.asarray([*prompt, *continuation[:-1]], np.int32)
-    return Example(ids, np.zeros(len(ids), np.bool_), "")
+    return Example(ids, np.arange(len(ids)) >= len(prompt), "")
 
 
 def _sums(model: Llama, pack: Pack, targets: Sequence[np.ndarray], adapters: tuple[str, ...] | None) -> list[float]:

@@ -13,14 +13,21 @@ import torch
 from torch import Tensor
 
 from tunesmith.data.encode import encode_prompt
+from tunesmith.data.pack import NOTHING
 from tunesmith.data.schemas import Row, chat_row
 from tunesmith.errors import GenerationError, TemplateError
 from tunesmith.inference.answers import Answer, Generation, Job
 from tunesmith.inference.generate import FIRST_ROOM, decode, evaluation_mode, make_job, new_answer, stream
-from tunesmith.inference.prefill import attached_adapters, check_adapters, check_prompt, context_limit, forward_last
+from tunesmith.inference.prefill import (
+    attached_adapters,
+    check_adapters,
+    check_prompt,
+    context_limit,
+    forward_last,
+    pack_prompts,
+)
 from tunesmith.inference.sample import GenerationSettings
 from tunesmith.model.cache import Cache
-from tunesmith.model.layout import Layout
 from tunesmith.model.llama import Llama
 
 if TYPE_CHECKING:
@@ -133,20 +140,23 @@ class ChatSession:
         if self._cache is None:
             room = min(job.settings.max_new_tokens, FIRST_ROOM)
             self._cache = Cache(self.model.config, 1, len(prompt) + room, self.model.dtype, self.model.device)
-        known = 0
+        needs = self.model.needs(self.adapters)
+        known, whole = (
+            0,
+            needs != NOTHING,
+        )  # where a prompt's end is edited, an earlier end in the cache is another text
         for held, token in zip(self._held, prompt[:-1], strict=False):  # the last token is fed: its logits are needed
-            if held != token:
+            if held != token or whole:
                 break
             known += 1
         self._cache.truncate(0, known)
         self._held = self._held[:known]
-        fresh = prompt[known:]
-        layout = Layout.single(len(fresh), device=self.model.device)
+        fresh, layout = pack_prompts([prompt[known:]], False, self.model.device, needs)
         return self._cache, forward_last(self.model, fresh, layout, self._cache, self.adapters, [len(fresh) - 1])
 
     def _remember(self, prompt: list[int], answer: Answer) -> None:
         if self._cache is not None:
-            self._held = [*prompt, *answer.ids][: self._cache.lengths[0]]
+            self._held = [*prompt, *answer.ids][: self._cache.lengths[0] - self._cache.virtual[0]]
 
     def _forget(self) -> None:
         self._cache, self._held = None, []

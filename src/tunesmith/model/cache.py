@@ -30,6 +30,7 @@ class Cache:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.lengths = [0] * batch
+        self.virtual = [0] * batch  # how many of them are an adapter's virtual tokens
         self._new: list[np.ndarray] = []  # the tokens of the current forward that each sequence gains
         self._hidden: dict[int | None, Tensor | None] = {}
 
@@ -43,10 +44,11 @@ class Cache:
         """Tokens a sequence has room for."""
         return self.keys[0].shape[2]
 
-    def begin(self, layout: Layout) -> Tensor:
-        """Prepare for one forward over `layout`; returns the positions of its tokens.
+    def begin(self, layout: Layout, virtual: Sequence[int] = ()) -> np.ndarray:
+        """Prepare for one forward over `layout`; returns the positions of its tokens, (tokens,).
 
-        Raises GenerationError on a misfit.
+        `virtual`: how many virtual tokens each of the caller's segments has before it, for the first forward. Raises
+        GenerationError on a misfit.
         """
         if any(self.lengths):
             if len(layout.lengths) != self.batch or any(p >= 0 for p in layout.parents):
@@ -60,10 +62,12 @@ class Cache:
             if len(leaves) != self.batch:
                 raise GenerationError(f"cache: made for {self.batch} sequences, given {len(leaves)}")
             self._new = [layout.rows_of(leaf) for leaf in leaves]
+            added = len(layout.lengths) - len(virtual)
+            self.virtual = [virtual[leaf - added] for leaf in leaves] if virtual else [0] * self.batch
             shift = np.zeros(layout.tokens, np.int64)
         self._reserve(max(n + len(new) for n, new in zip(self.lengths, self._new, strict=True)))
         self._hidden = {}
-        return torch.from_numpy(layout.position_array + shift).to(self.keys[0].device)
+        return layout.position_array + shift
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) -> Tensor:
         """Store the new keys and values of layer `index`, and let the new queries see all they may."""
@@ -94,10 +98,11 @@ class Cache:
             for layer, held in enumerate(store):  # one layer at a time: no second cache while copying
                 store[layer] = held.index_select(0, index)
         self.lengths = [self.lengths[row] for row in rows]
+        self.virtual = [self.virtual[row] for row in rows]
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget what sequence `row` holds beyond `length` tokens."""
-        self.lengths[row] = min(self.lengths[row], length)
+        """Forget what sequence `row` holds beyond `length` tokens, virtual ones not counted."""
+        self.lengths[row] = min(self.lengths[row], self.virtual[row] + length)
 
     def _store_step(self, store: Tensor, new: Tensor) -> None:
         first = self.lengths[0]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,21 +28,39 @@ TILE_ELEMENTS = 1 << 20  # scores of one batched product (per head): keeps the w
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries `query` of one segment against the keys `keys` that at least one of them may see (row indices)."""
+    """Queries `query` of one segment against the keys `keys` that at least one of them may see (row indices).
+
+    Query i sees its tile's keys from visible[i, 0] up to visible[i, 1].
+    """
 
     query: np.ndarray
     keys: np.ndarray
+    visible: np.ndarray
+
+
+class Rule(Protocol):
+    """A set of (query, key) pairs that tiles can express; hashable. See model/sparse.py."""
+
+    def tiles(self, rows: np.ndarray, before: int, window: int | None) -> Iterator[Tile]:
+        """Cut the queries from position `before` on; `rows` are the row indices of all positions, from 0 on."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Segments of a flat row: `starts`, `lengths` and `parents` (-1: a root; a parent comes before its children)."""
+    """Segments of a flat row: `starts`, `lengths` and `parents` (-1: a root; a parent comes before its children).
+
+    `answer_ends`, (tokens,): how far before an answer's first token a token stands (1: the prompt's last), 0 where that
+    is farther than the caller counted; None where nobody counted.
+    """
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
     parents: tuple[int, ...]
     device: torch.device = torch.device("cpu")
-    _tiles: dict[int | None, tuple[Tensor, ...]] = field(default_factory=dict, compare=False, repr=False)
+    answer_ends: np.ndarray | None = field(default=None, compare=False)
+    _tiles: dict[tuple[int | None, Rule | None], tuple[Tensor, ...]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @classmethod
     def of(
@@ -49,20 +68,43 @@ class Layout:
         lengths: Sequence[int],
         parents: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
+        answer_ends: np.ndarray | None = None,
     ) -> Layout:
         """Lay segments of `lengths` tokens end to end. Raises ModelError where a parent does not come first."""
         parents = [-1] * len(lengths) if parents is None else parents
         if len(parents) != len(lengths) or any(not -1 <= p < i for i, p in enumerate(parents)):
             raise ModelError(f"layout: parents {tuple(parents)} must each name an earlier segment, or -1")
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if len(lengths) else np.zeros(0, int)
-        return cls(
-            tuple(int(s) for s in starts), tuple(map(int, lengths)), tuple(map(int, parents)), torch.device(device)
-        )
+        if answer_ends is not None and len(answer_ends) != sum(lengths):
+            raise ModelError(f"layout: {len(answer_ends)} answer_ends for {sum(lengths)} tokens; give one a token")
+        places = tuple(int(s) for s in starts)
+        return cls(places, tuple(map(int, lengths)), tuple(map(int, parents)), torch.device(device), answer_ends)
 
     @classmethod
     def single(cls, length: int, device: torch.device | str = "cpu") -> Layout:
         """One plain causal sequence."""
         return cls.of([length], device=device)
+
+    def behind(self, chains: Sequence[Sequence[int]], choice: Sequence[int]) -> Layout:
+        """The same segments behind new ones: root segment i follows chain `choice[i]` of segments of these lengths.
+
+        The new segments stand at the beginning of the row, chain after chain; a chain's second follows its first.
+        `choice` has an entry for each segment; those of segments that have a parent are not looked at.
+        """
+        lengths, parents, last = [], [], []
+        for chain in chains:
+            end = -1
+            for length in chain:
+                parents.append(end)
+                end = len(lengths)
+                lengths.append(length)
+            last.append(end)
+        shift = len(lengths)
+        parents += [last[c] if p < 0 else p + shift for p, c in zip(self.parents, choice, strict=True)]
+        ends = self.answer_ends
+        if ends is not None:
+            ends = np.concatenate([np.zeros(sum(lengths), ends.dtype), ends])
+        return Layout.of([*lengths, *self.lengths], parents, self.device, ends)
 
     @property
     def tokens(self) -> int:
@@ -88,6 +130,11 @@ class Layout:
     def positions(self) -> Tensor:
         """Every token's position, (tokens,), on the layout's device."""
         return torch.from_numpy(self.position_array).to(self.device)
+
+    @cached_property
+    def to_answer(self) -> Tensor | None:
+        """`answer_ends` on the layout's device."""
+        return None if self.answer_ends is None else torch.from_numpy(self.answer_ends).to(self.device)
 
     def ancestors(self, segment: int) -> list[int]:
         """The segment's ancestors, root first."""
@@ -134,57 +181,61 @@ class Layout:
         seen = (position[None] <= position[:, None]) & (own[None] <= own[:, None]) & (own[:, None] < end[None])
         return seen if window is None else seen & (position[:, None] - position[None] < window)
 
-    def tiles(self, window: int | None = None) -> tuple[Tensor, ...]:
+    def tiles(self, window: int | None = None, rule: Rule | None = None) -> tuple[Tensor, ...]:
         """Attention's work as a flat tuple (queries, keys, visible) of batches of tiles, made once a layout.
 
         `queries` (batch, n) and `keys` (batch, m) are row indices, keys in the order of their positions; query i of
         tile b sees its tile's keys from visible[b, i, 0] up to visible[b, i, 1], (batch, n, 2). A padded query is -1
-        and sees one key (its result is dropped); padded keys are 0 and seen by none.
+        and sees one key (its result is dropped); padded keys are 0 and seen by none. With a `rule`, only its pairs.
         """
-        if window not in self._tiles:
-            batches = [b for group in _batched(list(self._cut(window))) for b in self._padded(group, window)]
-            self._tiles[window] = tuple(t.to(self.device) for t in batches)
-        return self._tiles[window]
+        if (window, rule) not in self._tiles:
+            batches = [batch for group in _batched(list(self._cut(window, rule))) for batch in _padded(group)]
+            self._tiles[window, rule] = tuple(t.to(self.device) for t in batches)
+        return self._tiles[window, rule]
 
-    def _cut(self, window: int | None) -> Iterator[Tile]:
+    def _cut(self, window: int | None, rule: Rule | None) -> Iterator[Tile]:
         """Cut every segment's queries into blocks, each with only the keys that some of its queries may see."""
-        for segment, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+        for segment, length in enumerate(self.lengths):
             seen = self.rows_of(segment)
             before = len(seen) - length
-            for first in range(0, length, QUERY_BLOCK):
-                last = min(first + QUERY_BLOCK, length)
-                lowest = 0 if window is None else max(0, before + first - window + 1)
-                yield Tile(np.arange(start + first, start + last), seen[lowest : before + last])
+            yield from _causal(seen, before, window) if rule is None else rule.tiles(seen, before, window)
 
-    def _padded(self, group: list[Tile], window: int | None) -> Iterator[Tensor]:
-        """Pad the tiles of one batch to a common shape."""
-        n, m = max(len(t.query) for t in group), max(len(t.keys) for t in group)
-        queries = np.full((len(group), n), -1)
-        keys = np.zeros((len(group), m), np.int64)
-        visible = np.zeros((len(group), n, 2), np.int64)
-        visible[:, :, 1] = 1
-        for i, tile in enumerate(group):
-            size, first = len(tile.query), self.position_array[tile.keys[0]]
-            queries[i, :size], keys[i, : len(tile.keys)] = tile.query, tile.keys
-            ends = self.position_array[tile.query] + 1 - first
-            visible[i, :size, 1] = ends
-            if window is not None:
-                visible[i, :size, 0] = np.maximum(ends - window, 0)
-        yield from (torch.from_numpy(queries), torch.from_numpy(keys), torch.from_numpy(visible))
+
+def _causal(rows: np.ndarray, before: int, window: int | None) -> Iterator[Tile]:
+    """All earlier keys, or the last `window`."""
+    for first in range(before, len(rows), QUERY_BLOCK):
+        last = min(first + QUERY_BLOCK, len(rows))
+        lowest = 0 if window is None else max(0, first - window + 1)
+        ends = np.arange(first, last) + 1 - lowest
+        begins = np.zeros_like(ends) if window is None else np.maximum(ends - window, 0)
+        yield Tile(rows[first:last], rows[lowest:last], np.stack([begins, ends], axis=1))
+
+
+def _padded(group: list[Tile]) -> Iterator[Tensor]:
+    """Pad the tiles of one batch to a common shape."""
+    n, m = max(len(t.query) for t in group), max(len(t.keys) for t in group)
+    queries = np.full((len(group), n), -1)
+    keys = np.zeros((len(group), m), np.int64)
+    visible = np.zeros((len(group), n, 2), np.int64)
+    visible[:, :, 1] = 1
+    for i, tile in enumerate(group):
+        size = len(tile.query)
+        queries[i, :size], keys[i, : len(tile.keys)], visible[i, :size] = tile.query, tile.keys, tile.visible
+    yield from (torch.from_numpy(queries), torch.from_numpy(keys), torch.from_numpy(visible))
 
 
 def _batched(tiles: list[Tile]) -> Iterator[list[Tile]]:
     """Group tiles of similar size, so that little of a batched product is padding."""
     group: list[Tile] = []
+    n = m = true = 0
     for tile in sorted(tiles, key=lambda t: (len(t.keys), len(t.query)), reverse=True):
-        if group:
-            n = max(len(tile.query), *(len(t.query) for t in group))
-            m = len(group[0].keys)
-            padded = (len(group) + 1) * n * m
-            true = sum(len(t.query) * len(t.keys) for t in (*group, tile))
-            if padded > TILE_ELEMENTS or padded > 1.5 * true + 4096:
-                yield group
-                group = []
+        n, m = max(n, len(tile.query)), max(m, len(tile.keys))
+        true += len(tile.query) * len(tile.keys)
+        padded = (len(group) + 1) * n * m
+        if group and (padded > TILE_ELEMENTS or padded > 1.5 * true + 4096):
+            yield group
+            group, n, m = [], len(tile.query), len(tile.keys)
+            true = n * m
         group.append(tile)
     if group:
         yield group

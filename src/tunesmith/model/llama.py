@@ -11,20 +11,22 @@ through a `Seam`, which is the identity until something is attached.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from tunesmith.errors import ModelError
 from tunesmith.model.attention import attend
 from tunesmith.model.cache import Cache
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.fused import rms_norm, rotate, swiglu
 from tunesmith.model.layout import Layout
 from tunesmith.model.linear import Linear
-from tunesmith.model.rope import rotary_tables
 from tunesmith.model.seam import Context, Seam
+from tunesmith.model.virtual import VIRTUAL, Needs, make_context
 
 HEAD_ROWS = 128  # rows of logits that exist at once: 128 x 49,152 in float32 are 25 MB, and more is no faster
 
@@ -62,7 +64,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(heads * width, config.hidden_size, config.o_bias)
         self.q_norm = RMSNorm(width, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(width, config.rms_norm_eps) if config.qk_norm else None
-        self.past, self.mix = Seam(), Seam()
+        self.past, self.mix = Seam(whole=True), Seam()
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """(tokens, hidden_size) -> (tokens, hidden_size)."""
@@ -131,7 +133,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.embed = Seam()
+        self.embed = Seam(whole=True)
 
 
 class Llama(nn.Module):
@@ -162,11 +164,19 @@ class Llama(nn.Module):
         """Where the embedding lies."""
         return self.model.embed_tokens.weight.device
 
-    def context(self, layout: Layout, cache: Cache | None = None, adapters: tuple[str, ...] | None = None) -> Context:
-        """What the edits of this batch may know."""
-        positions = layout.positions if cache is None else cache.begin(layout)
-        cos, sin = rotary_tables(self.config, positions.to(self.device), self.dtype)
-        return Context(layout, cos, sin, adapters, cache)
+    def context(
+        self,
+        layout: Layout,
+        cache: Cache | None = None,
+        adapters: tuple[str, ...] | None = None,
+        routes: Sequence[tuple[str, ...]] | None = None,
+    ) -> Context:
+        """What the edits of this batch may know.
+
+        `adapters`: those that act on every segment (None: all attached). `routes`: instead, those that act on each
+        segment of `layout`; a segment's must be its parent's. Raises ModelError where they differ.
+        """
+        return make_context(self, layout, cache, adapters, routes)
 
     def forward(
         self,
@@ -185,17 +195,40 @@ class Llama(nn.Module):
         ctx = self.context(layout, cache, adapters)
         return self.run(tokens, ctx, recompute)
 
+    def embedded(self, tokens: Tensor, ctx: Context) -> Tensor:
+        """What the first block gets, (virtual tokens + tokens, hidden_size). Infix tokens are the ids below 0."""
+        h = functional.embedding(tokens.clamp(min=0) if self.needs().infix else tokens, self.model.embed_tokens.weight)
+        if ctx.extra:
+            h = torch.cat([h.new_zeros(ctx.extra, h.shape[1]), h])
+            tokens = torch.cat([tokens.new_full((ctx.extra,), VIRTUAL), tokens])
+        return self.model.embed(h, self.model, ctx, tokens) if len(self.model.embed) else h
+
     def run(self, tokens: Tensor, ctx: Context, recompute: bool = False) -> Tensor:
         """`forward` with a context already made, for callers that need it again for `logits`."""
-        h = self.model.embed(self.model.embed_tokens(tokens), self.model, ctx)
+        h = self.embedded(tokens, ctx)
         for layer in self.model.layers:
             h = checkpoint(layer, h, ctx, use_reentrant=False) if recompute else layer(h, ctx)
         if ctx.cache is not None:
             ctx.cache.advance()
-        return self.model.norm(h, ctx)
+        return self.model.norm(h, ctx)[ctx.extra :]
+
+    def needs(self, adapters: tuple[str, ...] | None = None) -> Needs:
+        """What these attached adapters (None: all) must find in every row that they act on."""
+        deltas = [delta for name, delta in self.model.embed.items() if adapters is None or name in adapters]
+        return Needs(
+            ends=max((getattr(delta, "answer_ends", 0) for delta in deltas), default=0),
+            infix=max((getattr(delta, "infix_tokens", 0) for delta in deltas), default=0),
+        )
 
     def logits(self, hidden: Tensor, ctx: Context) -> Tensor:
-        """(n, hidden_size) -> (n, vocab_size), in float32 (float64 stays)."""
+        """(n, hidden_size) -> (n, vocab_size), in float32 (float64 stays).
+
+        `hidden` holds all of the caller's tokens, in order; for some of them only, and with routes, give `ctx.at(rows)`.
+        """
+        if ctx.routes and ctx.rows is None:
+            if len(hidden) != ctx.layout.tokens - ctx.extra:
+                raise ModelError(f"logits of {len(hidden)} tokens with routes: say which they are, with ctx.at(rows)")
+            ctx = ctx.at(torch.arange(len(hidden), device=hidden.device))
         logits = self.lm_head(hidden, ctx)
         return logits if logits.dtype == torch.float64 else logits.float()
 

@@ -12,9 +12,10 @@ batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -27,9 +28,10 @@ class Context:
     """What is known of the batch while the model runs.
 
     `layout` says which token sees which; `adapters` names those that act (None: every attached one); `cos` and `sin`
-    are the rotary tables of the batch's positions, (tokens, head_dim / 2); `cache` is the caller's key/value cache,
-    if any; `routes` gives the tokens that an adapter acts on, for batches whose segments use different adapters
-    (absent: all).
+    are the rotary tables of the row's positions, (tokens, head_dim / 2); `cache` is the caller's key/value cache, if
+    any. `routes` gives the rows that an adapter acts on, for batches whose segments use different adapters (absent:
+    all). `virtual` gives the rows, (copies, virtual_tokens), that adapters put before the examples: the first `extra`
+    rows of the row. `rows` says which of the layout's tokens the rows of an edited value are (None: all, in order).
     """
 
     layout: Layout
@@ -38,10 +40,54 @@ class Context:
     adapters: tuple[str, ...] | None = None
     cache: Cache | None = None
     routes: dict[str, Tensor] = field(default_factory=dict)
+    virtual: dict[str, Tensor] = field(default_factory=dict)
+    extra: int = 0
+    rows: Tensor | None = None
+    positions: Tensor | None = None  # of every token, from its example's own token 0; negative: a virtual token
+
+    def alone(self, name: str) -> Context:
+        """For rows that are no tokens of the batch, such as a prompt's: only the adapter `name` acts, on all of them."""
+        return replace(self, adapters=(name,), routes={}, virtual={}, rows=None)
+
+    def narrowed(self, rows: Tensor) -> Context:
+        """For a value that holds only these rows of the one that this context is for."""
+        return replace(self, routes={}, rows=rows if self.rows is None else self.rows[rows])
+
+    def at(self, rows: Tensor) -> Context:
+        """For rows (of the callers' tokens) taken out of the final hidden states: routes are numbered anew."""
+        if not self.routes:
+            return self
+        place = torch.full((self.layout.tokens,), -1, device=rows.device)
+        place[rows + self.extra] = torch.arange(len(rows), device=rows.device)
+        if len(rows) != int((place >= 0).sum()):
+            raise ValueError("context: rows must be distinct")
+        routes = {name: (found := place[index])[found >= 0] for name, index in self.routes.items()}
+        return replace(self, routes=routes, rows=rows + self.extra)
+
+    def own_positions(self) -> Tensor:
+        """Of every row of an edited value, its position from its example's own token 0; negative: a virtual token."""
+        positions = self.layout.positions if self.positions is None else self.positions
+        return positions if self.rows is None else positions[self.rows]
+
+    def to_answer(self) -> Tensor:
+        """Of every row, how far before an answer's first token it stands: 1 is the prompt's last token; 0: not near.
+
+        Counted up to the most that an attached delta asks for (`answer_ends`); 0 within answers.
+        """
+        ends = self.layout.to_answer
+        found = torch.zeros_like(self.layout.positions) if ends is None else ends
+        return found if self.rows is None else found[self.rows]
 
 
 class Seam(nn.ModuleDict):
-    """A named place where adapters edit a value. Empty, it is the identity."""
+    """A named place where adapters edit a value. Empty, it is the identity.
+
+    A seam is `whole` where its deltas act on rows of their own (virtual tokens): routing does not cut the value there.
+    """
+
+    def __init__(self, whole: bool = False) -> None:
+        super().__init__()
+        self.whole = whole
 
     def forward(self, value: Any, host: nn.Module, ctx: Context, given: Any = None) -> Any:
         """Pass `value` through every active delta, in the order of attachment."""
@@ -49,8 +95,8 @@ class Seam(nn.ModuleDict):
             if ctx.adapters is None or name in ctx.adapters:
                 value = (
                     self._routed(delta, ctx.routes[name], value, host, ctx, given)
-                    if name in ctx.routes
-                    else (delta(value, host, ctx, given))
+                    if name in ctx.routes and not self.whole
+                    else delta(value, host, ctx, given)
                 )
         return value
 
@@ -60,4 +106,4 @@ class Seam(nn.ModuleDict):
     ) -> Tensor:
         """Edit only the tokens in `rows`; the others pass untouched."""
         some = given[rows] if isinstance(given, Tensor) else given
-        return value.index_copy(0, rows, delta(value[rows], host, ctx, some))
+        return value.index_copy(0, rows, delta(value[rows], host, ctx.narrowed(rows), some))

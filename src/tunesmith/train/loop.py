@@ -241,6 +241,7 @@ class Trainer:
             max_rows=plan.micro_batch,
             share=plan.share_prefix,
             device=self.model.device,
+            needs=self.model.needs(),
         )
 
     def _accumulate(self, pack: Pack, supervised: float, rows: Sequence[Example]) -> float:
