@@ -144,7 +144,7 @@ class ChatSession:
         known, whole = (
             0,
             needs != NOTHING,
-        )  # where a prompt's end is edited, an earlier end in the cache is another text
+        )  # an earlier prompt's end is edited in the cache, and is no end now
         for held, token in zip(self._held, prompt[:-1], strict=False):  # the last token is fed: its logits are needed
             if held != token or whole:
                 break
@@ -152,7 +152,9 @@ class ChatSession:
         self._cache.truncate(0, known)
         self._held = self._held[:known]
         fresh, layout = pack_prompts([prompt[known:]], False, self.model.device, needs)
-        return self._cache, forward_last(self.model, fresh, layout, self._cache, self.adapters, [len(fresh) - 1])
+        return self._cache, forward_last(
+            self.model, fresh.tolist(), layout, self._cache, self.adapters, [len(fresh) - 1]
+        )
 
     def _remember(self, prompt: list[int], answer: Answer) -> None:
         if self._cache is not None:

@@ -91,7 +91,9 @@ class Layout:
         The new segments stand at the beginning of the row, chain after chain; a chain's second follows its first.
         `choice` has an entry for each segment; those of segments that have a parent are not looked at.
         """
-        lengths, parents, last = [], [], []
+        lengths: list[int] = []
+        parents: list[int] = []
+        last: list[int] = []  # of each chain
         for chain in chains:
             end = -1
             for length in chain:

@@ -223,7 +223,7 @@ class Llama(nn.Module):
     def logits(self, hidden: Tensor, ctx: Context) -> Tensor:
         """(n, hidden_size) -> (n, vocab_size), in float32 (float64 stays).
 
-        `hidden` holds all of the caller's tokens, in order; for some of them only, and with routes, give `ctx.at(rows)`.
+        `hidden` holds all of the caller's tokens, in order; for some of them, and with routes, give `ctx.at(rows)`.
         """
         if ctx.routes and ctx.rows is None:
             if len(hidden) != ctx.layout.tokens - ctx.extra:

@@ -46,7 +46,7 @@ class Context:
     positions: Tensor | None = None  # of every token, from its example's own token 0; negative: a virtual token
 
     def alone(self, name: str) -> Context:
-        """For rows that are no tokens of the batch, such as a prompt's: only the adapter `name` acts, on all of them."""
+        """For rows that are no tokens of the batch, as a prompt's: only the adapter `name` acts, on all of them."""
         return replace(self, adapters=(name,), routes={}, virtual={}, rows=None)
 
     def narrowed(self, rows: Tensor) -> Context:

@@ -125,9 +125,8 @@ def _rows(
     owners: list[np.ndarray] = [np.repeat(i, sum(sizes[n] for n in chain)) for i, chain in enumerate(chains)]
     owners.append(np.repeat([kinds.index(names) for names in given], layout.lengths))
     owner = np.concatenate(owners)
-    names = sorted({name for kind in kinds if kind for name in kind})
-    return {
-        name: torch.from_numpy(np.flatnonzero(np.isin(owner, [i for i, kind in enumerate(kinds) if name in (kind or ())])))
-        .to(device)
-        for name in names
-    }  # fmt: skip
+    found = {}
+    for name in sorted({name for kind in kinds if kind for name in kind}):
+        acting = [i for i, kind in enumerate(kinds) if name in (kind or ())]
+        found[name] = torch.from_numpy(np.flatnonzero(np.isin(owner, acting))).to(device)
+    return found
