@@ -7,7 +7,8 @@ TunesmithError                exit code 2: bad input or configuration
 |-- TokenizerError            tokenizer files, or a tokenizer that does not fit the model
 |-- ModelError                model files: names, shapes, missing weights, unknown architecture
 |-- AdapterError              adapter files, or a method that cannot be attached
-|   `-- CannotMerge           a method that cannot be folded into the base weights, with the reason
+|   |-- CannotMerge           a method that cannot be folded into the base weights, with the reason
+|   `-- CannotExchange        an adapter that PEFT's format cannot say exactly, with the reason
 |-- CatalogError              a name that cannot be resolved or downloaded
 |-- CheckpointError           a checkpoint that is incomplete or belongs to another run
 |-- GenerationError           inconsistent generation settings
@@ -58,6 +59,10 @@ class AdapterError(TunesmithError):
 
 class CannotMerge(AdapterError):
     """This method cannot be folded into the base weights; the message says why."""
+
+
+class CannotExchange(AdapterError):
+    """PEFT would compute something else with this adapter; the message says why. It is saved in our own format."""
 
 
 class CatalogError(TunesmithError):

@@ -26,7 +26,7 @@ from tunesmith.adapters import Adapter, Method, attach, find_method, kinds
 from tunesmith.adapters.base import Exchangeable
 from tunesmith.adapters.model_card import model_card
 from tunesmith.adapters.peft_config import PREFIX, check_tensors, open_tensors, read_object, read_tensors, refuse_pickle
-from tunesmith.errors import AdapterError, ConfigError, did_you_mean
+from tunesmith.errors import AdapterError, CannotExchange, ConfigError, did_you_mean
 from tunesmith.files import atomic_save_safetensors, atomic_write_json, atomic_write_text
 from tunesmith.model.llama import Llama
 from tunesmith.model.seam import Seam
@@ -110,11 +110,15 @@ def save_adapter(
 
 
 def exported(adapter: Adapter) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """Return adapter_config.json (None where PEFT has no such method) and the tensors as they are saved, on the CPU."""
+    """Return adapter_config.json (None where PEFT cannot say it) and the tensors as they are saved, on the CPU."""
     if isinstance(adapter.method, Exchangeable):
-        own, tensors = adapter.method.to_peft(adapter)
-        config = {"peft_type": adapter.method.peft_type, "task_type": "CAUSAL_LM", **own}
-        return config, {f"{PREFIX}{key}": _plain(tensor) for key, tensor in tensors.items()}
+        try:
+            own, tensors = adapter.method.to_peft(adapter)
+        except CannotExchange as reason:
+            logger.info("adapter %r: %s; its file is Tunesmith's own", adapter.name, reason)
+        else:
+            config = {"peft_type": adapter.method.peft_type, "task_type": "CAUSAL_LM", **own}
+            return config, {f"{PREFIX}{key}": _plain(tensor) for key, tensor in tensors.items()}
     return None, {key: _plain(tensor) for key, tensor in adapter.state().items()}
 
 
@@ -261,4 +265,4 @@ def _check_finite(state: Mapping[str, Tensor], where: Path) -> None:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu").contiguous()
+    return tensor.detach().to(tensor.device if tensor.is_meta else "cpu").contiguous()  # meta: only counted

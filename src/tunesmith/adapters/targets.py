@@ -1,4 +1,4 @@
-"""Which Linear modules a method acts on: by list of names, by regular expression, or all of them."""
+"""Which modules a method acts on: by list of names, by regular expression, or all of them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from functools import lru_cache
 from typing import Annotated, TypeVar
 
 from pydantic import BeforeValidator
+from torch import nn
 
 from tunesmith.errors import AdapterError, did_you_mean
 from tunesmith.model.linear import Linear
 from tunesmith.model.llama import Llama
 
+EMBEDDING = "model.embed_tokens"
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 # Numbers of decoder layers, as a setting: YAML and JSON know lists only.
 Layers = Annotated[tuple[int, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
 
@@ -28,32 +31,57 @@ def select_linears(
     matches nothing.
     """
     linears = {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
+    return _select(model, linears, target, layers, where)
+
+
+def select_targets(
+    model: Llama, target: str | Sequence[str], layers: Sequence[int] | None = None, where: str = "adapter"
+) -> Iterator[tuple[str, Linear | nn.Embedding]]:
+    """As `select_linears`, and the token embedding where `target` names it (all-linear does not)."""
+    modules: dict[str, Linear | nn.Embedding] = {EMBEDDING: model.model.embed_tokens}
+    modules |= {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
+    return _select(model, modules, target, layers, where)
+
+
+def _select(
+    model: Llama, modules: Mapping[str, M], target: str | Sequence[str], layers: Sequence[int] | None, where: str
+) -> Iterator[tuple[str, M]]:
     if target == "all-linear":
-        chosen = [path for path in linears if path != "lm_head"]
-    elif isinstance(target, str):
-        try:
-            chosen = [path for path in linears if re.fullmatch(target, path)]
-        except re.error as error:
-            raise AdapterError(f"{where}.target_modules: {target!r} is no regular expression: {error}") from None
-        if not chosen:
-            raise AdapterError(f"{where}.target_modules: {target!r} matches no module; {_known(linears)}")
+        wanted = {path for path in modules if path not in ("lm_head", EMBEDDING)}
     else:
-        chosen = []
-        for entry in target:
-            found = [path for path in linears if path == entry or path.endswith(f".{entry}")]
-            if not found:
-                ends = {path.rsplit(".", 1)[-1] for path in linears}
-                raise AdapterError(
-                    f"{where}.target_modules: {entry!r} names no module{did_you_mean(entry, ends)}; {_known(linears)}"
-                )
-            chosen += found
-    wanted = set(chosen)
+        wanted = matching(target, list(modules), where)
     if layers is not None:
         _check_layers(model, layers, where)
         wanted = {path for path in wanted if layer_of(path) in layers}
     if not wanted:
         raise AdapterError(f"{where}: target_modules and layers_to_transform together select no module")
-    yield from ((path, module) for path, module in linears.items() if path in wanted)
+    yield from ((path, module) for path, module in modules.items() if path in wanted)
+
+
+def matching(target: str | Sequence[str], paths: Sequence[str], where: str = "adapter") -> set[str]:
+    """Those of `paths` that `target` means: ends of paths, or one regular expression that matches a whole path.
+
+    Raises AdapterError where an entry matches nothing.
+    """
+    names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    known = "this model has " + ", ".join(names)
+    if isinstance(target, str):
+        try:
+            chosen = {path for path in paths if re.fullmatch(target, path)}
+        except re.error as error:
+            raise AdapterError(f"{where}.target_modules: {target!r} is no regular expression: {error}") from None
+        if not chosen:
+            raise AdapterError(f"{where}.target_modules: {target!r} matches no module; {known}")
+        return chosen
+    chosen = set()
+    for entry in target:
+        found = {path for path in paths if path == entry or path.endswith(f".{entry}")}
+        if not found:
+            raise AdapterError(
+                f"{where}.target_modules: {entry!r} names no module{did_you_mean(entry, names)}; {known}"
+            )
+        chosen |= found
+    return chosen
 
 
 def layer_of(path: str) -> int | None:
@@ -88,7 +116,3 @@ def _check_layers(model: Llama, layers: Sequence[int], where: str) -> None:
     for layer in layers:
         if not 0 <= layer < count:
             raise AdapterError(f"{where}.layers_to_transform: no layer {layer}; this model has layers 0 to {count - 1}")
-
-
-def _known(linears: Mapping[str, Linear]) -> str:
-    return "this model has " + ", ".join(sorted({path.rsplit(".", 1)[-1] for path in linears}))
