@@ -8,10 +8,14 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import AdapterError, ModelError, TunesmithError
+from tunesmith.errors import AdapterError, ConfigError, ModelError, TunesmithError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_HEADER = 100 * 1024 * 1024  # the limit of the safetensors library itself
 MAX_JSON = 32 * 1024 * 1024
@@ -64,16 +68,31 @@ def _adapter(path: Path) -> dict[str, Any]:
     report["config"] = _shown(config)
     if own:
         report["settings"] = _shown(own.get("settings"))
+        report |= _behaviour(own)
         report["notes"] = _shown(own.get("notes"))
     report |= _tensors(files)
-    norms = _norms(config, files)
-    return report | ({"delta_norms": norms} if norms else {})
+    if norms := _norms(config, files):
+        return report | {"delta_norms": norms}
+    return report | ({"norms": _tensor_norms(config, files[0])} if files else {})
 
 
 def _shown(values: Any) -> dict[str, Any]:
     """The entries that say something."""
     items = values.items() if isinstance(values, dict) else ()
     return {key: value for key, value in items if value not in (None, {}, [], "", False)}
+
+
+def _behaviour(own: dict[str, Any]) -> dict[str, Any]:
+    """What a method of this version can do with the settings that the adapter was trained with."""
+    from tunesmith.adapters import find_method
+    from tunesmith.config import validate_section
+
+    try:
+        method = find_method(str(own.get("kind")))
+        settings = validate_section(method.settings, own.get("settings") or {}, "settings")
+    except ConfigError as error:
+        return {"not_understood": str(error)}
+    return {"mergeable": method.mergeable(settings)}
 
 
 def _needs(config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -117,6 +136,34 @@ def _norms(config: dict[str, Any], files: list[Path]) -> dict[str, float]:
         name = path if layer is None else f"layer {layer}"
         squares[name] = squares.get(name, 0.0) + scale**2 * float(((B.T @ B) * (A @ A.T)).sum())
     return {name: round(math.sqrt(max(value, 0.0)), 6) for name, value in squares.items()}
+
+
+def _tensor_norms(config: dict[str, Any], file: Path) -> dict[str, dict[str, float]]:
+    """The norms of an adapter's tensors, by layer and by what they are; those of a layer's modules taken together."""
+    import torch
+
+    from tunesmith.adapters.peft_config import open_tensors, plain_keys
+    from tunesmith.adapters.targets import layer_of
+
+    squares: dict[str, dict[str, float]] = {}
+    with open_tensors(file) as tensors:  # one at a time: it may be a whole model
+        for name, (key, _) in plain_keys(dict.fromkeys(tensors.keys(), torch.empty(0)), str(file)).items():
+            layer, what = layer_of(name), name.removesuffix(".weight").rpartition(".")[2]
+            place = "model" if layer is None else f"layer {layer}"
+            for part, value in _parts(config, place, what, tensors.get_tensor(key)):
+                entry = squares.setdefault(part, {})
+                entry[what] = entry.get(what, 0.0) + float(torch.linalg.vector_norm(value, dtype=torch.float64)) ** 2
+    return {part: {what: round(math.sqrt(s), 6) for what, s in entry.items()} for part, entry in squares.items()}
+
+
+def _parts(config: dict[str, Any], place: str, what: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor with the layer that it acts in. PEFT keeps the keys and values of all layers' prefixes in one."""
+    layers = config.get("num_layers")
+    prefix = config.get("peft_type") == "PREFIX_TUNING" and what == "prompt_embeddings"
+    if prefix and value.ndim == 2 and type(layers) is int and layers > 0 and value.shape[1] % (2 * layers) == 0:
+        yield from ((f"layer {i}", part) for i, part in enumerate(value.chunk(layers, dim=1)))
+    else:
+        yield place, value
 
 
 def _model(path: Path) -> dict[str, Any]:
