@@ -16,4 +16,22 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
         {"rank": 4, "target_modules": "(lm_head|.*v_proj)"},
         {"rank": 4, "dropout": 0.3, "layers_to_transform": [1]},
     ],
+    "ia3": [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "up_proj", "lm_head"], "feedforward_modules": ["up_proj"]},
+    ],
+    "bottleneck": [
+        {"variant": "pfeiffer", "width": 3, "activation": "tanh"},
+        {"variant": "parallel", "width": 5, "activation": "silu", "scale": 4.0},
+        {"init": "bert", "activation": "relu", "reduction_factor": 4.0},
+    ],
+    "bitfit": [{"norms": True}, {"target_modules": ["q_proj", "lm_head"]}],
+    "norms": [{"target_modules": ["norm", "input_layernorm"]}],
+    "last_layers": [{"layers": 1, "norm": False}, {"layers": 1, "head": True}],
+    "llama_adapter": [
+        {"layers": 2, "gate": "tanh"},
+        {"layers": 2, "gate": "scalar", "prompt_length": 3},
+        {"layers": 2, "init": "random"},
+    ],
+    "llama_adapter_v2": [{"layers": 2, "gate": "scalar"}],
 }
