@@ -35,7 +35,7 @@ def inputs(tokens: int, heads: int, kv_heads: int, dtype: torch.dtype, device: s
 def run(backend: str, q: Tensor, k: Tensor, v: Tensor, grad: Tensor | None, layout: Layout, window: int | None):
     """The output, and gradients of q, k, v where `grad` is given."""
     leaves = [t.clone().requires_grad_(grad is not None) for t in (q, k, v)]
-    out = attend(*leaves, layout, window, backend)
+    out = attend(*leaves, layout, window, backend=backend)
     return [out.detach(), *([] if grad is None else torch.autograd.grad(out, leaves, grad))]
 
 

@@ -6,12 +6,18 @@ Queries of the heads that share a key/value head are stacked, so grouped attenti
 batch and keys are never repeated. The backward is written out: probabilities of long tiles are computed again there, so
 that nothing of size queries x keys outlives the forward. How it compares with scaled_dot_product_attention, example by
 example, stands in docs/decisions.md.
+
+A sparse pattern's keys may come in several disjoint parts, each with tiles of its own. Their outputs o and the
+log-sum-exps s of their scores are merged, and the backward needs the sums over all parts only:
+
+    s = log sum_part exp(s_part)        o = sum_part exp(s_part - s) o_part
+    p = exp(score - s)                  d score = p (d p - d o . o)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,61 +27,111 @@ from torch.nn import functional
 
 from tunesmith.errors import ModelError
 from tunesmith.model.layout import Layout
-from tunesmith.model.native import Kernels, kernels_for
+from tunesmith.model.native import kernels_for
+from tunesmith.model.native_attention import NativeAttention, batches
+from tunesmith.model.sparse import Pattern
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None = None, backend: str = "tiled"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    window: int | None = None,
+    pattern: Pattern | None = None,
+    *,
+    backend: str = "tiled",
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attention of every token over what `layout` lets it see.
 
     q: (tokens, heads, head_dim); k, v: (tokens, kv_heads, head_dim), heads a multiple of kv_heads, query head h using
     key/value head h // (heads / kv_heads). `window`: also hide keys `window` or more positions back (Mistral).
-    Returns (tokens, heads, head_dim).
+    `pattern`: also hide what this sparse pattern hides. `dropout`: the share of probabilities that are set to 0 at
+    random, the others growing by 1 / (1 - dropout). Returns (tokens, heads, head_dim).
     """
-    return BACKENDS[backend](q, k, v, layout, window)
+    return BACKENDS[backend](q, k, v, layout, window, pattern, dropout)
 
 
-def _attend_tiled(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) -> Tensor:
-    tiles = layout.tiles(window)
-    return (_Native if kernels_for(q, k, v) else _Attend).apply(q, k, v, *tiles)
-
-
-def _attend_dense(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) -> Tensor:
-    """The formula itself, with autograd: the twin that the other backends are held against."""
+def _attend_tiled(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, pattern: Pattern | None, dropout: float
+) -> Tensor:
+    if pattern is None:
+        return _over_parts(q, k, v, [layout.tiles(window)], dropout, keep=True)
     group = q.shape[1] // k.shape[1]
-    k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+    found = []
+    for low, high, field in pattern.split(k.shape[1]):
+        heads = slice(low * group, high * group), slice(low, high), slice(low, high)
+        some = [t[:, own].contiguous() for t, own in zip((q, k, v), heads, strict=True)]
+        parts = [layout.tiles(window, rule) for rule in field.rules]
+        found.append(_over_parts(some[0], some[1], some[2], [tiles for tiles in parts if tiles], dropout))
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+def _over_parts(
+    q: Tensor, k: Tensor, v: Tensor, parts: list[tuple[Tensor, ...]], dropout: float, keep: bool = False
+) -> Tensor:
+    """Attention over the union of disjoint parts, each a tuple of tiles.
+
+    `keep`: see `NativeAttention`; sparse patterns are there to save memory, so they do not.
+    """
+    tiles = [tensor for part in parts for tensor in part]
+    if dropout == 0 and kernels_for(q, k, v):
+        return NativeAttention.apply(q, k, v, [len(part) for part in parts], keep, *tiles)
+    # Drawn from the caller's random state, so that block recomputation draws the same.
+    seed = torch.randint(2**62, ()) if dropout else None
+    return _Attend.apply(q, k, v, len(parts) > 1, dropout, seed, *tiles)
+
+
+def _attend_dense(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, pattern: Pattern | None, dropout: float
+) -> Tensor:
+    """The formula itself, with autograd: the twin that the other backends are held against."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
-    scores = scores.masked_fill(~layout.mask(window), float("-inf"))
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+    mask = layout.mask(window)
+    if pattern is not None:
+        head = torch.arange(heads, device=q.device)[:, None, None] // (heads // kv_heads)
+        position = layout.positions
+        mask = mask & pattern.sees(head, kv_heads, position[:, None], position[None])
+    scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.einsum("hqk,khd->qhd", functional.dropout(scores.softmax(-1), dropout), v)
 
 
-def _attend_flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) -> Tensor:
+def _attend_flex(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, pattern: Pattern | None, dropout: float
+) -> Tensor:
     """FlexAttention, for GPUs: blocks that the layout hides are skipped by the kernel."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    if dropout:
+        raise ModelError("attention: FlexAttention has no dropout; use the tiled backend")
     position, own, end = layout.visibility.unbind(1)
+    heads, kv_heads = q.shape[1], k.shape[1]
 
-    def visible(_batch: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        seen = (position[j] <= position[i]) & (own[j] <= own[i]) & (own[i] < end[j])
-        return seen if window is None else seen & (position[i] - position[j] < window)
+    def visible(_batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        i_at, j_at = position[i], position[j]
+        seen = (j_at <= i_at) & (own[j] <= own[i]) & (own[i] < end[j])
+        if window is not None:
+            seen = seen & (i_at - j_at < window)
+        if pattern is not None:
+            seen = seen & pattern.sees(head // (heads // kv_heads), kv_heads, i_at, j_at)
+        return seen
 
-    mask = create_block_mask(visible, None, None, len(position), len(position), device=q.device)
+    each = None if pattern is None or len(pattern.fields) == 1 else heads
+    mask = create_block_mask(visible, None, each, len(position), len(position), device=q.device)
     kernel = torch.compile(flex_attention, dynamic=True) if q.is_cuda else flex_attention
-    heads, keys, values = (t.transpose(0, 1)[None] for t in (q, k, v))
-    out = kernel(heads, keys, values, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    queries, keys, values = (t.transpose(0, 1)[None] for t in (q, k, v))
+    out = kernel(queries, keys, values, block_mask=mask, enable_gqa=heads != kv_heads)
     return out[0].transpose(0, 1)
 
 
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Layout, int | None], Tensor]] = {
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Layout, int | None, Pattern | None, float], Tensor]] = {
     "tiled": _attend_tiled,
     "dense": _attend_dense,
     "flex": _attend_flex,
 }
-
-
-def _batches(tiles: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    yield from zip(tiles[::3], tiles[1::3], tiles[2::3], strict=True)
 
 
 def _stack_queries(x: Tensor, rows: Tensor, kv_heads: int) -> Tensor:
@@ -118,19 +174,54 @@ def _scores(qs: Tensor, ks: Tensor, visible: Tensor, kv_heads: int) -> Tensor:
 
 
 @torch.library.custom_op("tunesmith::attend", mutates_args=())
-def tiled_attention(q: Tensor, k: Tensor, v: Tensor, tiles: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention tile batch by tile batch. Returns the output and the log-sum-exp of every row, (tokens, heads)."""
-    kv_heads = k.shape[1]
-    out = torch.empty_like(q)
-    sums = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-    for queries, keys, visible in _batches(tiles):
+def tiled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: list[Tensor],
+    merged: bool = False,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention tile batch by tile batch. Returns the output and the log-sum-exp of every row, (tokens, heads).
+
+    `merged`: the tiles are of several parts, so a row may occur in several batches. `seed` fixes what dropout drops.
+    """
+    kv_heads, wide = k.shape[1], torch.promote_types(q.dtype, torch.float32)
+    out = q.new_zeros(q.shape, dtype=wide) if merged else torch.empty_like(q)
+    sums = q.new_full(q.shape[:2], float("-inf"), dtype=wide)
+    drop = _Dropout(dropout, seed, q.device)
+    for queries, keys, visible in batches(tiles):
         scores = _scores(_stack_queries(q, queries, kv_heads), _stack_keys(k, keys), visible, kv_heads)
         lse = scores.logsumexp(-1, keepdim=True)
-        result = torch.bmm((scores - lse).exp_().to(v.dtype), _stack_keys(v, keys))
+        probabilities = (scores - lse).exp_()
+        if (factors := drop.factors(probabilities)) is not None:
+            probabilities *= factors
+        result = torch.bmm(probabilities.to(v.dtype), _stack_keys(v, keys))
         real, rows = _real(queries)
-        out[rows] = _unstack(result, queries, kv_heads)[real]
-        sums[rows] = _unstack(lse, queries, kv_heads)[real].squeeze(-1)
-    return out, sums
+        part, lse = (_unstack(t, queries, kv_heads)[real] for t in (result, lse))
+        if merged:
+            before = sums[rows][..., None]
+            total = torch.logaddexp(before, lse)
+            part = out[rows] * (before - total).exp() + part * (lse - total).exp()
+            lse = total
+        out[rows] = part
+        sums[rows] = lse.squeeze(-1)
+    return out.to(q.dtype), sums
+
+
+class _Dropout:
+    """Factors 0 and 1 / (1 - dropout) for each batch of probabilities: the same for the same seed, batch by batch."""
+
+    def __init__(self, dropout: float, seed: Tensor | None, device: torch.device) -> None:
+        self.kept = 1 - dropout
+        self.draw = None if seed is None else torch.Generator(device).manual_seed(int(seed))
+
+    def factors(self, like: Tensor) -> Tensor | None:
+        """The next batch's factors; None without dropout."""
+        if self.draw is None:
+            return None
+        return torch.empty_like(like).bernoulli_(self.kept, generator=self.draw).div_(self.kept)
 
 
 def _real(queries: Tensor) -> tuple[Tensor | slice, Tensor]:
@@ -141,32 +232,51 @@ def _real(queries: Tensor) -> tuple[Tensor | slice, Tensor]:
 
 
 @tiled_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, tiles: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: list[Tensor],
+    merged: bool = False,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @torch.library.custom_op("tunesmith::attend_backward", mutates_args=())
 def tiled_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, tiles: list[Tensor]
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    tiles: list[Tensor],
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for q, k and v; shared keys collect theirs in float32."""
+    """Gradients for q, k and v; shared keys, and queries of several parts, collect theirs in float32."""
     kv_heads, scale = k.shape[1], 1 / math.sqrt(q.shape[-1])
     wide = sums.dtype
-    dq = torch.empty_like(q)
-    dk, dv = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (k, v))
+    dq, dk, dv = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (q, k, v))
     inner = (grad.to(wide) * out).sum(-1, keepdim=True)  # (tokens, heads, 1): sum_k p dp of every row
-    for queries, keys, visible in _batches(tiles):
+    drop = _Dropout(dropout, seed, q.device)
+    for queries, keys, visible in batches(tiles):
         qs, gs = (_stack_queries(t, queries, kv_heads) for t in (q, grad))
         ks, vs = _stack_keys(k, keys), _stack_keys(v, keys)
         scores = _scores(qs, ks, visible, kv_heads)
         probabilities = (scores - _stack_queries(sums[..., None], queries, kv_heads)).exp_()
-        dv.index_add_(0, keys.flatten(), _flat(torch.bmm(probabilities.to(gs.dtype).transpose(1, 2), gs), keys, wide))
-        dp = torch.bmm(gs, vs.transpose(1, 2)).to(wide) - _stack_queries(inner, queries, kv_heads)
-        ds = (probabilities * dp).to(q.dtype)
+        dp = torch.bmm(gs, vs.transpose(1, 2)).to(wide)
+        left = probabilities
+        if (factors := drop.factors(probabilities)) is not None:
+            left, dp = probabilities * factors, dp * factors
+        dv.index_add_(0, keys.flatten(), _flat(torch.bmm(left.to(gs.dtype).transpose(1, 2), gs), keys, wide))
+        ds = (probabilities * (dp - _stack_queries(inner, queries, kv_heads))).to(q.dtype)
         dk.index_add_(0, keys.flatten(), _flat(torch.bmm(ds.transpose(1, 2), qs), keys, wide))
         real, rows = _real(queries)
-        dq[rows] = _unstack(torch.bmm(ds, ks) * scale, queries, kv_heads)[real]
-    return dq, dk.mul_(scale).to(k.dtype), dv.to(v.dtype)
+        dq[rows] += _unstack(torch.bmm(ds, ks), queries, kv_heads)[real]
+    return dq.mul_(scale).to(q.dtype), dk.mul_(scale).to(k.dtype), dv.to(v.dtype)
 
 
 def _flat(x: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
@@ -177,7 +287,15 @@ def _flat(x: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
 
 @tiled_attention_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, tiles: list[Tensor]
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    tiles: list[Tensor],
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
@@ -186,82 +304,39 @@ class _Attend(torch.autograd.Function):
     """The two operators as one differentiable function."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *tiles: Tensor) -> Tensor:
-        out, sums = tiled_attention(q, k, v, list(tiles))
-        ctx.save_for_backward(q, k, v, out, sums, *tiles)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        merged: bool,
+        dropout: float,
+        seed: Tensor | None,
+        *tiles: Tensor,
+    ) -> Tensor:
+        out, sums = tiled_attention(q, k, v, list(tiles), merged, dropout, seed)
+        ctx.save_for_backward(q, k, v, out, sums, *([] if seed is None else [seed]), *tiles)
+        ctx.dropout = dropout
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, sums, *tiles = ctx.saved_tensors
-        grads = tiled_attention_backward(grad.contiguous(), q, k, v, out, sums, tiles)
-        return *grads, *[None] * len(tiles)
-
-
-KEPT_KEYS = (
-    512  # tiles of at most so many keys keep their probabilities for the backward; longer ones compute them again
-)
-
-
-class _Native(torch.autograd.Function):
-    """Products by torch, all between them by native kernels; probabilities of short tiles are kept."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *tiles: Tensor) -> Tensor:
-        kernels = _kernels(q)
-        out, kv_heads = torch.empty_like(q), k.shape[1]
-        kept = []
-        for queries, keys, visible in _batches(list(tiles)):
-            p = _probabilities(kernels, q, k, queries, keys, visible)
-            kernels.unstack(torch.bmm(p, kernels.stack(v, keys, kv_heads)), queries, out, kv_heads)
-            kept.append(p if keys.shape[1] <= KEPT_KEYS and any(ctx.needs_input_grad) else q.new_empty(0))
-        ctx.save_for_backward(q, k, v, *tiles, *kept)
-        ctx.tiles = len(tiles)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *rest = ctx.saved_tensors
-        tiles, kept = rest[: ctx.tiles], rest[ctx.tiles :]
-        kernels, kv_heads, scale = _kernels(q), k.shape[1], 1 / math.sqrt(q.shape[-1])
-        grad, dq = grad.contiguous(), torch.empty_like(q)
-        dk, dv = (torch.zeros(t.shape, dtype=torch.float32) for t in (k, v))
-        for (queries, keys, visible), saved in zip(_batches(tiles), kept, strict=True):
-            p = saved if len(saved) else _probabilities(kernels, q, k, queries, keys, visible)
-            gs = kernels.stack(grad, queries, kv_heads)
-            kernels.gather_add(torch.bmm(p.transpose(1, 2), gs), keys, dv)
-            dp = torch.bmm(gs, kernels.stack(v, keys, kv_heads).transpose(1, 2))
-            ds = kernels.softmax_backward(p, dp, visible)
-            kernels.unstack(torch.bmm(ds, kernels.stack(k, keys, kv_heads)), queries, dq, kv_heads, scale=scale)
-            kernels.gather_add(
-                torch.bmm(ds.transpose(1, 2), kernels.stack(q, queries, kv_heads)), keys, dk, scale=scale
-            )
-        return dq, dk.to(k.dtype), dv.to(v.dtype), *[None] * ctx.tiles
-
-
-def _kernels(x: Tensor) -> Kernels:
-    kernels = kernels_for(x)
-    if kernels is None:
-        raise ModelError("attention: the native kernels were there in the forward and are not in the backward")
-    return kernels
-
-
-def _probabilities(kernels: Kernels, q: Tensor, k: Tensor, queries: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
-    """Softmax of one batch of tiles, (batch * kv_heads, group * n, m), from scores that stay in float32."""
-    kv_heads, scale = k.shape[1], 1 / math.sqrt(q.shape[-1])
-    qs = kernels.stack(q, queries, kv_heads, scale=scale, wide=True)
-    scores = torch.bmm(qs, kernels.stack(k, keys, kv_heads, wide=True).transpose(1, 2))
-    return kernels.softmax(scores, visible, q.dtype)
+        q, k, v, out, sums, *rest = ctx.saved_tensors
+        seed, tiles = (rest[0], rest[1:]) if ctx.dropout else (None, rest)
+        grads = tiled_attention_backward(grad.contiguous(), q, k, v, out, sums, tiles, ctx.dropout, seed)
+        return *grads, *[None] * (3 + len(tiles))
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
     """One new token a sequence against its cache: q (batch, heads, d), k and v (batch, kv_heads, slots, d).
 
-    `hidden` (batch, slots) is True where a slot is empty or out of the window. Returns (batch, heads, d).
+    `hidden`, (batch, slots) or (batch, kv_heads, slots), is True where a slot is empty or not to be seen. Returns
+    (batch, heads, d).
     """
     batch, kv_heads, slots, width = k.shape
     qs = q.view(batch, kv_heads, -1, width)
-    mask = None if hidden is None else ~hidden[:, None, None, :].expand(batch, kv_heads, qs.shape[2], slots)
+    if hidden is not None and hidden.ndim == 2:
+        hidden = hidden[:, None]
+    mask = None if hidden is None else ~hidden[:, :, None].expand(batch, kv_heads, qs.shape[2], slots)
     return functional.scaled_dot_product_attention(qs, k, v, attn_mask=mask).reshape(batch, -1, width)

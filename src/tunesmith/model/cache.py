@@ -13,6 +13,7 @@ from tunesmith.errors import GenerationError
 from tunesmith.model.attention import attend, attend_cached
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.layout import Layout
+from tunesmith.model.sparse import Pattern
 
 
 class Cache:
@@ -32,7 +33,7 @@ class Cache:
         self.lengths = [0] * batch
         self.virtual = [0] * batch  # how many of them are an adapter's virtual tokens
         self._new: list[np.ndarray] = []  # the tokens of the current forward that each sequence gains
-        self._hidden: dict[int | None, Tensor | None] = {}
+        self._hidden: dict[tuple[int | None, Pattern | None], Tensor | None] = {}
 
     @property
     def batch(self) -> int:
@@ -69,7 +70,16 @@ class Cache:
         self._hidden = {}
         return layout.position_array + shift
 
-    def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) -> Tensor:
+    def attend(
+        self,
+        index: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: Layout,
+        window: int | None,
+        pattern: Pattern | None = None,
+    ) -> Tensor:
         """Store the new keys and values of layer `index`, and let the new queries see all they may."""
         keys, values = self.keys[index], self.values[index]
         if all(len(new) == 1 for new in self._new):  # one token a sequence: the common, batched step
@@ -77,14 +87,14 @@ class Cache:
             self._store_step(values, v)
             used = max(self.lengths) + 1
             if any(self.lengths):
-                return attend_cached(q, keys[:, :, :used], values[:, :, :used], self._hidden_slots(window))
+                return attend_cached(q, keys[:, :, :used], values[:, :, :used], self._hidden_slots(window, pattern))
         else:
             for row, (start, new) in enumerate(zip(self.lengths, self._new, strict=True)):
                 keys[row, :, start : start + len(new)] = k[new].transpose(0, 1)
                 values[row, :, start : start + len(new)] = v[new].transpose(0, 1)
         if not any(self.lengths):
-            return attend(q, k, v, layout, window)
-        return torch.cat([self._attend_row(row, index, q, window) for row in range(self.batch)])
+            return attend(q, k, v, layout, window, pattern)
+        return torch.cat([self._attend_row(row, index, q, window, pattern) for row in range(self.batch)])
 
     def advance(self) -> None:
         """The forward is done: the new tokens now belong to the sequences."""
@@ -112,25 +122,38 @@ class Cache:
             rows = torch.arange(self.batch, device=store.device)
             store[rows, :, torch.tensor(self.lengths, device=store.device)] = new
 
-    def _hidden_slots(self, window: int | None) -> Tensor | None:
-        """(batch, slots) that a step's query must not see; None where there is nothing to hide."""
-        if window not in self._hidden:
+    def _hidden_slots(self, window: int | None, pattern: Pattern | None) -> Tensor | None:
+        """(batch, slots), or by KV head, that a step's query must not see; None where there is nothing to hide."""
+        if (window, pattern) not in self._hidden:
             used = max(self.lengths) + 1
-            if min(self.lengths) + 1 == used and (window is None or used <= window):
-                self._hidden[window] = None
+            even = min(self.lengths) + 1 == used
+            if even and (window is None or used <= window) and pattern is None:
+                self._hidden[window, pattern] = None
             else:
                 length = torch.tensor(self.lengths, device=self.keys[0].device)[:, None]
                 slot = torch.arange(used, device=length.device)[None]
-                hidden = slot > length
-                self._hidden[window] = hidden if window is None else hidden | (length - slot >= window)
-        return self._hidden[window]
+                self._hidden[window, pattern] = ~self._seen(length, slot, window, pattern)
+        return self._hidden[window, pattern]
 
-    def _attend_row(self, row: int, index: int, q: Tensor, window: int | None) -> Tensor:
+    def _seen(self, query: Tensor, slot: Tensor, window: int | None, pattern: Pattern | None) -> Tensor:
+        """May the query at position `query` (n, 1) see `slot` (1, m)? (n, m), or with a pattern (n, KV heads, m)."""
+        seen = slot <= query if window is None else (slot <= query) & (query - slot < window)
+        if pattern is None:
+            return seen
+        heads = self.keys[0].shape[1]
+        each = torch.arange(heads, device=slot.device)[:, None]
+        return seen[:, None] & pattern.sees(each, heads, query[:, None], slot[:, None])
+
+    def _attend_row(
+        self, row: int, index: int, q: Tensor, window: int | None, pattern: Pattern | None = None
+    ) -> Tensor:
         """Several new tokens of one sequence against its cache (a further chat turn)."""
         start, new = self.lengths[row], self._new[row]
         total = start + len(new)
         query, slot = torch.arange(start, total, device=q.device)[:, None], torch.arange(total, device=q.device)[None]
-        seen = slot <= query if window is None else (slot <= query) & (query - slot < window)
+        seen = self._seen(query, slot, window, pattern)
+        if pattern is not None:
+            seen = seen.repeat_interleave(q.shape[1] // self.keys[0].shape[1], dim=1).transpose(0, 1)
         out = functional.scaled_dot_product_attention(
             q[new].transpose(0, 1)[None],
             self.keys[index][row : row + 1, :, :total],

@@ -192,9 +192,9 @@ void gather_add(const T* x, const int64_t* rows, float* out, int64_t batch, int6
 }
 
 // scores (batch, heads, n, m), float -> probabilities p of the same shape. Query i of tile b sees keys [low, high) of its tile,
-// visible (batch, n, 2); all others get 0. low >= high: a padded query, all 0.
+// visible (batch, n, 2); all others get 0. low >= high: a padded query, all 0. lse, if given: the rows' log-sum-exp.
 template <class T>
-void softmax(const float* scores, const int64_t* visible, T* p, int64_t batch, int64_t heads, int64_t n, int64_t m) {
+void softmax(const float* scores, const int64_t* visible, T* p, float* lse, int64_t batch, int64_t heads, int64_t n, int64_t m) {
 #pragma omp parallel for schedule(static) collapse(2)
     for (int64_t b = 0; b < batch; b++)
         for (int64_t r = 0; r < heads * n; r++) {
@@ -213,15 +213,17 @@ void softmax(const float* scores, const int64_t* visible, T* p, int64_t batch, i
                 sum += w[j];
             }
             float inverse = 1.0f / sum;
+            if (lse) lse[b * heads * n + r] = most + std::log(sum);
 #pragma omp simd
             for (int64_t j = low; j < high; j++) store(o + j, w[j] * inverse);
             for (int64_t j = high > low ? high : low; j < m; j++) store(o + j, 0.0f);
         }
 }
 
-// ds = p (dp - sum_j p_j dp_j), row by row over the visible keys, written over dp.
+// ds = p (dp - sum_j p_j dp_j), row by row over the visible keys, written over dp. inner, if given: that sum.
 template <class T>
-void softmax_backward(const T* p, T* dp, const int64_t* visible, int64_t batch, int64_t heads, int64_t n, int64_t m) {
+void softmax_backward(const T* p, T* dp, const int64_t* visible, const float* inner, int64_t batch, int64_t heads, int64_t n,
+                      int64_t m) {
 #pragma omp parallel for schedule(static) collapse(2)
     for (int64_t b = 0; b < batch; b++)
         for (int64_t r = 0; r < heads * n; r++) {
@@ -232,6 +234,7 @@ void softmax_backward(const T* p, T* dp, const int64_t* visible, int64_t batch, 
             float dot = 0;
 #pragma omp simd reduction(+ : dot)
             for (int64_t j = low; j < high; j++) dot += load(q + j) * load(o + j);
+            if (inner) dot = inner[b * heads * n + r];
             for (int64_t j = 0; j < m && j < low; j++) store(o + j, 0.0f);
 #pragma omp simd
             for (int64_t j = low; j < high; j++) store(o + j, load(q + j) * (load(o + j) - dot));
@@ -291,12 +294,13 @@ void cross_entropy(T* logits, const int64_t* target, const float* weight, float*
                                       float s) {                                                                            \
         gather_add(x, r, o, b, m, k, d, s);                                                                                 \
     }                                                                                                                       \
-    extern "C" void softmax_##NAME(const float* s, const int64_t* v, T* p, int64_t b, int64_t h, int64_t n, int64_t m) {    \
-        softmax(s, v, p, b, h, n, m);                                                                                       \
+    extern "C" void softmax_##NAME(const float* s, const int64_t* v, T* p, float* l, int64_t b, int64_t h, int64_t n,       \
+                                   int64_t m) {                                                                             \
+        softmax(s, v, p, l, b, h, n, m);                                                                                    \
     }                                                                                                                       \
-    extern "C" void softmax_backward_##NAME(const T* p, T* d, const int64_t* v, int64_t b, int64_t h, int64_t n,            \
-                                            int64_t m) {                                                                    \
-        softmax_backward(p, d, v, b, h, n, m);                                                                              \
+    extern "C" void softmax_backward_##NAME(const T* p, T* d, const int64_t* v, const float* i, int64_t b, int64_t h,       \
+                                            int64_t n, int64_t m) {                                                         \
+        softmax_backward(p, d, v, i, b, h, n, m);                                                                           \
     }                                                                                                                       \
     extern "C" void cross_entropy_##NAME(T* l, const int64_t* t, const float* w, float* o, int64_t r, int64_t s) {          \
         cross_entropy(l, t, w, o, r, s);                                                                                    \

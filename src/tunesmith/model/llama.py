@@ -12,6 +12,7 @@ through a `Seam`, which is the identity until something is attached.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from tunesmith.model.fused import rms_norm, rotate, swiglu
 from tunesmith.model.layout import Layout
 from tunesmith.model.linear import Linear
 from tunesmith.model.seam import Context, Seam
+from tunesmith.model.sparse import Pattern
 from tunesmith.model.virtual import VIRTUAL, Needs, make_context
 
 HEAD_ROWS = 128  # rows of logits that exist at once: 128 x 49,152 in float32 are 25 MB, and more is no faster
@@ -77,9 +79,9 @@ class Attention(nn.Module):
         if len(self.past):
             k, v = self.past((k, v), self, ctx)
         if ctx.cache is None:
-            out = attend(q, k, v, ctx.layout, self.window)
+            out = attend(q, k, v, ctx.layout, self.window, ctx.pattern, dropout=ctx.dropout)
         else:
-            out = ctx.cache.attend(self.index, q, k, v, ctx.layout, self.window)
+            out = ctx.cache.attend(self.index, q, k, v, ctx.layout, self.window, ctx.pattern)
         if len(self.mix):
             out = self.mix(out, self, ctx, q)
         return self.o_proj(out.flatten(1), ctx)
@@ -145,6 +147,7 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.pattern: Pattern | None = None  # sparse attention; None is full
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.tie_weights()
@@ -170,13 +173,22 @@ class Llama(nn.Module):
         cache: Cache | None = None,
         adapters: tuple[str, ...] | None = None,
         routes: Sequence[tuple[str, ...]] | None = None,
+        dropout: float = 0.0,
     ) -> Context:
         """What the edits of this batch may know.
 
         `adapters`: those that act on every segment (None: all attached). `routes`: instead, those that act on each
-        segment of `layout`; a segment's must be its parent's. Raises ModelError where they differ.
+        segment of `layout`; a segment's must be its parent's. Raises ModelError where they differ. `dropout`: of
+        attention's probabilities.
         """
-        return make_context(self, layout, cache, adapters, routes)
+        ctx = make_context(self, layout, cache, adapters, routes)
+        pattern = self.pattern
+        if pattern is None or (pattern.training_only and not self.training):
+            return replace(ctx, dropout=dropout)
+        if cache is None:
+            size, layers = self.config.sliding_window, self.config.window_layers
+            pattern.prepare(ctx.layout, {size if i in layers else None for i in range(len(self.model.layers))})
+        return replace(ctx, pattern=pattern, dropout=dropout)
 
     def forward(
         self,

@@ -93,20 +93,25 @@ class Kernels:
         (batch, m), (_, heads, width) = rows.shape, out.shape
         self._call("gather_add", x.dtype, x, rows, out, batch, m, heads, width, scale)
 
-    def softmax(self, scores: Tensor, visible: Tensor, dtype: torch.dtype) -> Tensor:
+    def softmax(self, scores: Tensor, visible: Tensor, dtype: torch.dtype, lse: Tensor | None = None) -> Tensor:
         """Probabilities of float32 scores (batch * kv_heads, group * n, m), which are overwritten.
 
-        Query i of tile b sees the keys visible[b, i, 0] to visible[b, i, 1]; the others get 0.
+        Query i of tile b sees the keys visible[b, i, 0] to visible[b, i, 1]; the others get 0. `lse`: where to write
+        the rows' log-sum-exp, (batch * kv_heads, group * n, 1), float32.
         """
-        (batch, n, _), m = visible.shape, scores.shape[-1]
+        (batch, n, _), (stacked, rows, m) = visible.shape, scores.shape
         p = torch.empty_like(scores, dtype=dtype)
-        self._call("softmax", dtype, scores, visible, p, batch, scores.shape[0] * scores.shape[1] // batch // n, n, m)
+        self._call("softmax", dtype, scores, visible, p, _or_null(lse), batch, stacked * rows // batch // n, n, m)
         return p
 
-    def softmax_backward(self, p: Tensor, dp: Tensor, visible: Tensor) -> Tensor:
-        """p (dp - sum p dp) over the visible keys, written over dp."""
-        (batch, n, _), m = visible.shape, p.shape[-1]
-        self._call("softmax_backward", p.dtype, p, dp, visible, batch, p.shape[0] * p.shape[1] // batch // n, n, m)
+    def softmax_backward(self, p: Tensor, dp: Tensor, visible: Tensor, inner: Tensor | None = None) -> Tensor:
+        """p (dp - sum p dp) over the visible keys, written over dp.
+
+        `inner`: the sums, (batch * kv_heads, group * n, 1), float32, where they run over more keys than these.
+        """
+        (batch, n, _), (stacked, rows, m) = visible.shape, p.shape
+        heads = stacked * rows // batch // n
+        self._call("softmax_backward", p.dtype, p, dp, visible, _or_null(inner), batch, heads, n, m)
         return dp
 
     def cross_entropy(self, logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -124,6 +129,11 @@ class Kernels:
             function.restype = None
             self._functions[name, dtype] = function
         function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+
+
+def _or_null(x: Tensor | None) -> Tensor:
+    """A tensor, or one whose address is 0."""
+    return torch.empty(0) if x is None else x
 
 
 def kernels_for(*tensors: Tensor) -> Kernels | None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from tunesmith.model.cache import Cache
     from tunesmith.model.layout import Layout
+    from tunesmith.model.sparse import Pattern
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Context:
     any. `routes` gives the rows that an adapter acts on, for batches whose segments use different adapters (absent:
     all). `virtual` gives the rows, (copies, virtual_tokens), that adapters put before the examples: the first `extra`
     rows of the row. `rows` says which of the layout's tokens the rows of an edited value are (None: all, in order).
+    `pattern` is the sparse attention that acts (None: full), `dropout` that on attention's probabilities.
     """
 
     layout: Layout
@@ -44,6 +46,8 @@ class Context:
     extra: int = 0
     rows: Tensor | None = None
     positions: Tensor | None = None  # of every token, from its example's own token 0; negative: a virtual token
+    pattern: Pattern | None = None
+    dropout: float = 0.0
 
     def alone(self, name: str) -> Context:
         """For rows that are no tokens of the batch, as a prompt's: only the adapter `name` acts, on all of them."""

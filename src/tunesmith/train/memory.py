@@ -34,8 +34,8 @@ import torch
 
 from tunesmith.errors import OutOfMemory
 from tunesmith.hardware import memory
-from tunesmith.model.attention import KEPT_KEYS
 from tunesmith.model.config import ModelConfig
+from tunesmith.model.native_attention import KEPT_KEYS
 
 GIB = 2**30
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
