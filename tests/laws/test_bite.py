@@ -208,6 +208,7 @@ FAULTS = [
     (laws.packed_is_padded, FromPrompt, "is not the padded"),
     (laws.packed_is_padded, CountsTokens, "is not the padded"),
     (laws.examples_stand_alone, SeesNeighbours, "what it is alone"),
+    (laws.routed_is_alone, SeesNeighbours, "from these alone"),
     (laws.split_does_not_matter, CountsTokens, "loss"),
     (laws.recompute_changes_nothing, CountsCalls, "loss|gradient"),
     (laws.delta_gradients, WrongGradient, "Jacobian mismatch"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Mapping
 from dataclasses import MISSING
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -51,7 +52,7 @@ def reference() -> str:
     parts = [HEAD.format(shorthands=", ".join(f"`{'.'.join(path)}`" for path in SHORTHANDS.values()))]
     root = {name: field for name, field in _fields(Run).items() if name not in SECTIONS}
     for name, cls in SECTIONS.items():
-        parts.append(f"## {name}\n\n{_first_line(cls)}\n\n{_table(cls, _fields(cls), f'{name}.')}")
+        parts.append(f"## {name}\n\n{_first_line(cls)}\n\n{settings_table(cls, f'{name}.')}")
     parts.append(f"## The adapter and the run\n\n{_table(Run, root, '')}")
     parts.append(ADAPTER)
     parts.append(_aliases())
@@ -59,8 +60,13 @@ def reference() -> str:
 
 
 ADAPTER = """`adapter` is checked by the method that `adapter.kind` names, which refuses what it does not know.
-LoRA has `rank`, `alpha`, `dropout`, `target_modules` and others.
+[Methods](methods.md) lists every method's settings.
 """
+
+
+def settings_table(cls: Any, prefix: str) -> str:
+    """A Markdown table of a settings dataclass: key, type, default, description."""
+    return _table(cls, _fields(cls), prefix)
 
 
 def _aliases() -> str:
@@ -101,10 +107,13 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     if field.default_factory is not None:
-        return "`{kind: lora}`" if not field.default_factory_takes_validated_data else "see right"
+        empty = field.default_factory in (dict, tuple, list)
+        return "none" if empty else "see right" if field.default_factory_takes_validated_data else "`{kind: lora}`"
     value = field.default
     if value is None or value is MISSING or value == ():
         return "none"
+    if isinstance(value, tuple):
+        return f"`[{', '.join(map(str, value))}]`"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
@@ -117,6 +126,8 @@ def _type(hint: Any, metadata: list[Any]) -> str:
         return ", ".join(f"`{value}`" for value in get_args(hint))
     if get_origin(hint) is tuple:
         return f"list of {_type(get_args(hint)[0], [])}"
+    if get_origin(hint) is Mapping:
+        return "mapping of " + " to ".join(_type(part, []) for part in get_args(hint))
     if get_origin(hint) in (Union, types.UnionType):
         branches = [_type(branch, []) for branch in get_args(hint) if branch is not type(None)]
         return f"{' or '.join(branches)}{limits}"
