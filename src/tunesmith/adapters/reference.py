@@ -22,7 +22,7 @@ HEAD = """# Methods
 [movie reviews](results/methods.md) what each of them reached on one task, [rates](results/rates.md) how the default
 learning rates were found.
 
-*Identity*: attached, before training, no logit has changed by a bit. *Folds*: it becomes a part of the weights by a merge.
+*Identity*: attached, before training, no logit has changed by a bit. *Folds*: a merge makes it part of the weights.
 *PEFT*: the type under which Hugging Face PEFT reads and writes the same file; where there is none, the file is our own.
 These are for the default settings.
 
