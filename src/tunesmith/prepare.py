@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tunesmith.adapters import Adapter, attach, find_method
-from tunesmith.config import ModelSection, Run
+from tunesmith.config import ModelSection, Run, validate_section
 from tunesmith.data.catalog import resolve_data, resolve_model
 from tunesmith.data.encode import EncodedSet, encode_rows
 from tunesmith.data.schemas import Row, labels
@@ -79,7 +79,10 @@ def load_base(section: ModelSection) -> Loaded:
 
 def base_of(run: Run) -> ModelSection:
     """The run's model section; `auto` is float32 where the base's own weights are trained (see `check_precision`)."""
-    trains_base = getattr(find_method(str(run.adapter["kind"])), "trains_base", False)
+    method = find_method(str(run.adapter["kind"]))
+    trains_base = getattr(method, "trains_base", False)
+    if callable(trains_base):  # it depends on the settings
+        trains_base = trains_base(validate_section(method.settings, run.adapter, "adapter"))
     return replace(run.model, dtype="float32") if trains_base and run.model.dtype == "auto" else run.model
 
 

@@ -260,7 +260,7 @@ def test_a_bad_tensor_is_named_and_the_model_left_alone(name, base, tmp_path):
 
 
 CONFIG_FAULTS = {
-    "use_dora": True, "modules_to_save": ["lm_head"], "bias": "lora_only", "lora_bias": True, "fan_in_fan_out": True,
+    "use_dora": True, "modules_to_save": ["q_proj"], "bias": "lora_only", "lora_bias": True, "fan_in_fan_out": True,
     "layer_replication": [[0, 2], [1, 3]], "trainable_token_indices": [1, 2], "alora_invocation_tokens": [5],
     "target_parameters": ["mlp.experts"], "exclude_modules": ["k_proj"], "use_qalora": True, "kasa_config": {"beta": 1},
     "init_lora_weights": "pissa", "some_future_switch": 1, "merge_weights": True, "layers_pattern": "h",

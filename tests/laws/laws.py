@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import tunesmith.model.llama as llama_module
 from tunesmith.adapters import Adapter, Delta, Method, attach
-from tunesmith.adapters.base import install
+from tunesmith.adapters.base import install, weight_path
 from tunesmith.config import validate_section
 from tunesmith.errors import CannotMerge
 from tunesmith.model.attention import attend
@@ -159,7 +159,7 @@ def folded_is_unfolded(case: Case) -> None:
     for name, parameter in adapter.base.items():
         plain.get_parameter(name).copy_(parameter.detach())
     for place, delta in adapter.deltas.items():
-        host = plain.get_submodule(place.rpartition(".")[0])
+        host = plain.get_submodule(weight_path(place))
         weight, bias = delta.fold(host.weight, getattr(host, "bias", None))
         host.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
@@ -169,7 +169,7 @@ def folded_is_unfolded(case: Case) -> None:
 
 
 def _folds(model: Llama, place: str, delta: Delta) -> bool:
-    host = model.get_submodule(place.rpartition(".")[0])
+    host = model.get_submodule(weight_path(place))
     try:
         delta.fold(getattr(host, "weight", torch.zeros(2, 2)), None)
     except CannotMerge:
@@ -301,7 +301,7 @@ def delta_gradients(case: Case) -> None:
         x = torch.randn(
             size, width, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True
         )
-        own = [p for p in delta.parameters() if p.requires_grad]
+        own = [p for name, p in delta.named_parameters() if p.requires_grad and name not in delta.detached]
 
         def edited(value: Tensor, *_: Tensor, host: Any = host) -> Tensor:
             return host.embed(value, host, ctx, ids) if isinstance(host, Decoder) else host(value, ctx)

@@ -15,6 +15,13 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
         {"rank": 4, "init": "pissa", "target_modules": ["q_proj", "down_proj"]},
         {"rank": 4, "target_modules": "(lm_head|.*v_proj)"},
         {"rank": 4, "dropout": 0.3, "layers_to_transform": [1]},
+        {"rank": 4, "target_modules": ["embed_tokens"]},
+        {"rank": 4, "target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+        {"rank": 4, "target_modules": ["q_proj", "v_proj"], "train_norms": True, "train_embeddings": True},
+    ],
+    "dora": [
+        {"rank": 3, "rslora": True, "init": "gaussian", "target_modules": "(lm_head|.*(q_proj|down_proj))"},
+        {"rank": 4, "dropout": 0.3, "layers_to_transform": [1]},
     ],
     "ia3": [
         {"target_modules": "all-linear"},

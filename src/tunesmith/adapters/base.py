@@ -25,12 +25,14 @@ class Delta(nn.Module):
     `adapter` is the name that it is attached under. `virtual_tokens`: how many tokens of its own it puts before every
     example (see `Context.virtual`); `infix_tokens`: how many right before every answer; `answer_ends`: of how many of
     a prompt's last tokens it must be told (see `Context.to_answer`). The latter three are for deltas in `model.embed`.
+    `detached` names parameters whose gradient leaves out a part that the method holds constant.
     """
 
     adapter: str = ""
     virtual_tokens: int = 0
     infix_tokens: int = 0
     answer_ends: int = 0
+    detached: frozenset[str] = frozenset()
 
     def forward(self, value: Any, host: nn.Module, ctx: Context, given: Any) -> Any:
         """Return the edited value. `host` owns the seam; `given` is what else the seam knows."""
@@ -82,12 +84,18 @@ class Method(Protocol):
 
 @runtime_checkable
 class Exchangeable(Protocol):
-    """A method that PEFT's file format can say exactly; the others are saved in a format of our own."""
+    """A method that PEFT's file format can say exactly; the others are saved in a format of our own.
+
+    Methods of one `peft_type` also have `reads(config) -> bool`: is a file with this adapter_config.json theirs?
+    """
 
     peft_type: str  # as in adapter_config.json
 
     def to_peft(self, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the method's keys of adapter_config.json, and the tensors without the prefix `base_model.model.`."""
+        """Return the method's keys of adapter_config.json, and the tensors without the prefix `base_model.model.`.
+
+        Raises CannotExchange, with the reason, where PEFT would compute something else: our own format holds it then.
+        """
 
     def from_peft(
         self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Llama, where: str
@@ -99,11 +107,23 @@ class Exchangeable(Protocol):
         """
 
 
+@runtime_checkable
+class Stepwise(Protocol):
+    """A method that acts on all of its deltas together while they are trained, as one that shares out ranks does."""
+
+    def begin(self, adapter: Adapter, steps: int) -> None:
+        """Called before a run of `steps` optimizer steps. Raises ConfigError for settings that do not fit them."""
+
+    def after_step(self, adapter: Adapter) -> None:
+        """Called after every optimizer step, gradients still there, when every delta has acted for itself."""
+
+
 @dataclass
 class Adapter:
     """A method attached to a model under a name.
 
-    `deltas` maps "path.seam" to the delta there; `base` names the base parameters that are trained as well.
+    `deltas` maps "path.seam" to the delta there; `base` names the base parameters that are trained as well; `tied`: is
+    the base's head its embedding? `steps` is how many the run makes, once it has begun.
     """
 
     name: str
@@ -111,6 +131,8 @@ class Adapter:
     settings: Any
     deltas: dict[str, Delta] = field(default_factory=dict)
     base: dict[str, nn.Parameter] = field(default_factory=dict)
+    tied: bool = False
+    steps: int | None = None
 
     @property
     def kind(self) -> str:
@@ -150,10 +172,24 @@ class Adapter:
         found = [p for delta in self.deltas.values() if (p := delta.penalty()) is not None]
         return torch.stack(found).sum() if found else None
 
+    def begin(self, steps: int) -> None:
+        """Say how many optimizer steps are to come in all. Raises ConfigError for settings that do not fit them."""
+        self.steps = steps
+        if isinstance(self.method, Stepwise):
+            self.method.begin(self, steps)
+
     def after_step(self) -> None:
-        """Let every delta act after an optimizer step."""
+        """Let every delta, and then the method, act after an optimizer step."""
         for delta in self.deltas.values():
             delta.after_step()
+        if isinstance(self.method, Stepwise):
+            self.method.after_step(self)
+
+
+def weight_path(place: str) -> str:
+    """The path of the module whose weight a delta at `place` ("path.seam") edits the product of."""
+    path = place.rpartition(".")[0]
+    return f"{path}.embed_tokens" if place == "model.embed" else path
 
 
 def install(model: Llama, method: Method, settings: Any, name: str, seed: int) -> Adapter:
@@ -174,7 +210,7 @@ def install(model: Llama, method: Method, settings: Any, name: str, seed: int) -
         if place not in seams or places.count(place) > 1:
             fault = "is no seam" if place not in seams else "is given two deltas"
             raise AdapterError(f"{place} {fault}: method {method.kind} is written wrongly")
-    adapter = Adapter(name, method, settings)
+    adapter = Adapter(name, method, settings, tied=model.config.tie_word_embeddings)
     dtype = torch.promote_types(model.dtype, torch.float32)
     for place, placement in zip(places, placements, strict=True):
         delta = placement.delta.to(device=model.device, dtype=dtype).train(model.training)

@@ -136,7 +136,7 @@ class LoRA:
     """The method of `kind: lora`."""
 
     kind = "lora"
-    settings: type = LoRASettings
+    settings: type[LoRASettings] = LoRASettings
     learning_rate = 5e-4
     peft_type = "LORA"
 
@@ -157,7 +157,7 @@ class LoRA:
         targets = dict(select_targets(model, settings.target_modules, settings.layers_to_transform))
         for name in ("rank_pattern", "alpha_pattern"):
             check_patterns(getattr(settings, name), list(targets), f"adapter.{name}")
-        self._check(model, settings, targets)
+        self.check(model, settings, targets)
         for path, module in targets.items():
             rank, scale = by_pattern(settings.rank_pattern, path, settings.rank), scale_of(settings, path)
             if isinstance(module, Linear):
@@ -167,7 +167,7 @@ class LoRA:
 
     def delta(self, linear: Linear, rank: int, scale: float, settings: LoRASettings) -> LoRADelta:
         """The delta on one linear, as it starts."""
-        A, B, start = _initial(linear.weight, rank, scale, settings.init)
+        A, B, start = start_of(linear.weight, rank, scale, settings.init)
         return LoRADelta(A, B, scale, settings.dropout, start)
 
     def unfreeze(self, model: Llama, settings: LoRASettings) -> Iterator[str]:
@@ -202,16 +202,22 @@ class LoRA:
         """See `Exchangeable`."""
         return lora_peft.from_peft(config, tensors, model, where)
 
-    def _check(self, model: Llama, settings: LoRASettings, targets: Mapping[str, nn.Module]) -> None:
+    def check(self, model: Llama, settings: LoRASettings, targets: Mapping[str, nn.Module]) -> None:
         whole = {name.removesuffix(".weight") for name in self.unfreeze(model, settings)}
         if model.config.tie_word_embeddings and EMBEDDING in whole:
             whole.add("lm_head")
         if both := sorted(whole & targets.keys()):
             raise AdapterError(
-                f"adapter.target_modules: {both[0]} is trained whole already (train_embeddings, train_head); leave one out"
+                f"adapter.target_modules: {both[0]} is trained whole (train_embeddings, train_head): leave one out"
             )
-        if settings.init == "pissa" and EMBEDDING in targets:
-            raise AdapterError("adapter.init: pissa has no start for embed_tokens; take it out of target_modules")
+        for path, module in targets.items() if settings.init == "pissa" else ():
+            rank = by_pattern(settings.rank_pattern, path, settings.rank)
+            most = min(module.get_parameter("weight").shape)
+            if path == EMBEDDING or rank > most:
+                raise AdapterError(
+                    f"adapter.init: pissa has no start of rank {rank} for {path} (linears only, at most {most}): "
+                    "use another init, rank_pattern or target_modules"
+                )
 
 
 def scale_of(settings: LoRASettings, path: str) -> float:
@@ -222,7 +228,7 @@ def scale_of(settings: LoRASettings, path: str) -> float:
     return alpha / (math.sqrt(rank) if settings.rslora else rank)
 
 
-def _initial(weight: Tensor, rank: int, scale: float, init: str) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+def start_of(weight: Tensor, rank: int, scale: float, init: str) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """A, B and, for PiSSA, copies of them to subtract. On the meta device, shapes alone."""
     device = "meta" if weight.is_meta else "cpu"
     (out, inside), start = weight.shape, None

@@ -230,14 +230,21 @@ def _peft_method(info: AdapterInfo) -> Exchangeable:
 
 def _kind_of(config: Mapping[str, Any], folder: Path) -> str:
     wanted = config.get("peft_type")
-    known = {method.peft_type: kind for kind in kinds() if isinstance(method := find_method(kind), Exchangeable)}
+    known: dict[str, list[str]] = {}
+    for kind in kinds():
+        if isinstance(method := find_method(kind), Exchangeable):
+            known.setdefault(method.peft_type, []).append(kind)
     if not isinstance(wanted, str) or wanted not in known:
         hint = did_you_mean(str(wanted).upper(), known)
         raise AdapterError(
             f"{folder / CONFIG}: peft_type {str(wanted)[:60]!r} is not supported{hint}; known: "
             f"{', '.join(sorted(known))}"
         )
-    return known[wanted]
+    for kind in known[wanted]:  # methods that share a type say which files are theirs
+        reads = getattr(find_method(kind), "reads", None)
+        if reads is None or reads(config):
+            return kind
+    raise AdapterError(f"{folder / CONFIG}: no method for peft_type {wanted!r} reads a file with these keys")
 
 
 def _sizes(path: Path) -> dict[str, int]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.adapters import Adapter
+from tunesmith.adapters.base import weight_path
 from tunesmith.errors import CannotMerge, ConfigError, VerificationError
 from tunesmith.export.probe import Probe, built_in_rows, logits_at, make_probe
 from tunesmith.files import atomic_folder, atomic_save_safetensors, atomic_write_json
@@ -126,7 +127,8 @@ def merged_weights(
 ) -> tuple[dict[str, Tensor], tuple[LayerLoss, ...], ModelConfig]:
     """Return weights in `dtype` (on the CPU) with the adapter folded in, what each layer lost, and the config.
 
-    A tied head that the adapter changes is untied. Raises CannotMerge where a delta cannot be folded.
+    Head and embedding are untied where the adapter changes one of them. Raises CannotMerge where a delta cannot be
+    folded.
     """
     folded, layers = {}, []
     for name, weight, whole in _folded(model, adapter):
@@ -134,7 +136,7 @@ def merged_weights(
         if weight is not None:
             layers.append(_loss(name, weight, whole, dtype))
     config = model.config
-    if config.tie_word_embeddings and "lm_head.weight" in folded:
+    if config.tie_word_embeddings and not folded.keys().isdisjoint({"lm_head.weight", "model.embed_tokens.weight"}):
         config = replace(config, tie_word_embeddings=False)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tensors = {
@@ -151,7 +153,7 @@ def merged_weights(
 def _folded(model: Llama, adapter: Adapter) -> Iterator[tuple[str, Tensor | None, Tensor]]:
     """Yield (name, W, W + D) of every weight, and (name, None, b) of every bias, that the adapter changes."""
     for place, delta in adapter.deltas.items():
-        path = place.rpartition(".")[0]
+        path = weight_path(place)
         host = model.get_submodule(path)
         weight, bias = getattr(host, "weight", None), getattr(host, "bias", None)
         if not isinstance(weight, Tensor):

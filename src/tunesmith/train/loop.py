@@ -151,6 +151,7 @@ class Trainer:
         self.evaluator, self.best_metric, self.patience = evaluator, best_metric, patience
         self.higher_is_better, self.fingerprint = higher_is_better, fingerprint
         self.parameters = adapter.trainable
+        adapter.begin(plan.steps)
         scales = {name: adapter.method.lr_scale(name, adapter.settings) for name in self.parameters}
         self.optimizer = build_optimizer(
             self.parameters,
