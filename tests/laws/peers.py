@@ -30,6 +30,20 @@ NORMS = (
     modeling_qwen3.Qwen3RMSNorm,
 )
 PEFT_NAMES = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora"}
+WHOLE = {  # settings that train base weights, and the modules that they mean
+    "train_norms": ["input_layernorm", "post_attention_layernorm", "norm"],
+    "train_embeddings": ["embed_tokens"],
+    "train_head": ["lm_head"],
+}
+# Where PEFT keeps a parameter, by the end of our name for it, which is cut off.
+PEFT_PLACES = {
+    "embed.A": "embed_tokens.lora_embedding_A.default",
+    "embed.B": "embed_tokens.lora_embedding_B.default",
+    "edit.A": "lora_A.default.weight",
+    "edit.B": "lora_B.default.weight",
+    "edit.magnitude": "lora_magnitude_vector.default.weight",
+    "weight": "modules_to_save.default.weight",
+}
 
 
 @contextmanager
@@ -55,17 +69,20 @@ def twin_models(config: tf.PreTrainedConfig, dtype: torch.dtype) -> tuple[Llama,
 
 
 def peft_twin(theirs: Any, spec: Mapping[str, Any], adapter: Adapter) -> tuple[Any, dict[str, Tensor]]:
-    """PEFT's LoRA on `theirs` with our adapter's values; its parameters by our names."""
-    options = {PEFT_NAMES.get(k, k): v for k, v in spec.items() if k != "kind"}
+    """PEFT's LoRA (or DoRA) on `theirs` with our adapter's values; its parameters by our names."""
+    options = {PEFT_NAMES.get(k, k): v for k, v in spec.items() if k != "kind" and k not in WHOLE}
     options.setdefault("lora_alpha", 2 * options["r"])
+    options["use_dora"] = spec.get("kind") == "dora"
+    options["modules_to_save"] = [name for key, names in WHOLE.items() if spec.get(key) for name in names] or None
+    options["ensure_weight_tying"] = adapter.tied and "model.embed_tokens.weight" in adapter.base
     model = peft.get_peft_model(theirs, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     if theirs.dtype == torch.float64:
         model.double()  # PEFT makes its weights in float32
     known = dict(model.named_parameters())
     found = {}
     for name, value in adapter.trainable.items():
-        path, _, letter = name.rsplit(".", 2)
-        found[name] = known.pop(f"base_model.model.{path}.lora_{letter}.default.weight")
+        end = next(end for end in PEFT_PLACES if name.endswith(f".{end}"))
+        found[name] = known.pop(f"base_model.model.{name.removesuffix(end)}{PEFT_PLACES[end]}")
         with torch.no_grad():
             found[name].copy_(value)
     left = [name for name, p in known.items() if p.requires_grad]
