@@ -50,6 +50,11 @@ class Job:
     adapters: tuple[str, ...] | None = None
     logprobs: bool = False
     share_prefix: bool = True
+    routes: Sequence[tuple[str, ...]] | None = None  # instead of `adapters`: those of each prompt
+
+    def acting(self, prompt: int) -> tuple[str, ...] | None:
+        """The adapters that answer a prompt, by its number."""
+        return self.adapters if self.routes is None else self.routes[prompt]
 
 
 @dataclass
@@ -61,6 +66,7 @@ class Answer:
     prompt: Sequence[int]
     limit: int
     generator: torch.Generator
+    adapters: tuple[str, ...] | None = None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     reason: FinishReason | None = None

@@ -101,7 +101,8 @@ def beam_search(job: Job, answers: Sequence[Answer], cache: Cache, logits: Tenso
             cache.keep(rows)
             tokens = [ids[-1] for prompt in live for _, ids in prompt.open]
             layout = Layout.of([1] * len(tokens), device=model.device)
-            logits = forward_last(model, tokens, layout, cache, job.adapters, range(len(tokens)))
+            acting = [prompt.answers[0].adapters for prompt in live for _ in prompt.open]
+            logits = forward_last(model, tokens, layout, cache, acting, range(len(tokens)))
 
 
 def _likeliest(job: Job, live: Sequence[_Prompt], logits: Tensor, choices: int) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ def generate(
     eos_ids: Collection[int],
     tokenizer: TextTokenizer | None = None,
     adapters: tuple[str, ...] | None = None,
+    routes: Sequence[tuple[str, ...]] | None = None,
     seeds: Sequence[int] | None = None,
     logprobs: bool = False,
     share_prefix: bool = True,
@@ -47,15 +48,15 @@ def generate(
     """Answer every prompt (token ids); `settings.n` answers a prompt, next to each other, in the order of the prompts.
 
     `tokenizer` is needed for text and stop strings. `adapters`: the attached ones that act (None: all, (): the bare
-    base). `seeds` gives each prompt a seed of its own in place of `settings.seed`. `share_prefix=False` computes a
-    common preamble for every prompt anew. `on_text(index, text)` is called with every piece as it comes. Raises
-    GenerationError for a prompt that is empty, too long, or of another vocabulary; AdapterError for an adapter that
-    is not attached.
+    base); `routes`: instead, those that act on each prompt, so that one batch may use several. `seeds` gives each
+    prompt a seed of its own in place of `settings.seed`. `share_prefix=False` computes a common preamble for every
+    prompt anew. `on_text(index, text)` is called with every piece as it comes. Raises GenerationError for a prompt that
+    is empty, too long, or of another vocabulary; AdapterError for an adapter that is not attached, or changed the base.
     """
     settings = settings or GenerationSettings()
     results: list[Generation | None] = [None] * (len(prompts) * settings.n)
     pieces = stream(
-        model, prompts, settings, eos_ids=eos_ids, tokenizer=tokenizer, adapters=adapters, seeds=seeds,
+        model, prompts, settings, eos_ids=eos_ids, tokenizer=tokenizer, adapters=adapters, routes=routes, seeds=seeds,
         logprobs=logprobs, share_prefix=share_prefix, cache_bytes=cache_bytes,
     )  # fmt: skip
     for piece in pieces:
@@ -74,6 +75,7 @@ def stream(
     eos_ids: Collection[int],
     tokenizer: TextTokenizer | None = None,
     adapters: tuple[str, ...] | None = None,
+    routes: Sequence[tuple[str, ...]] | None = None,
     seeds: Sequence[int] | None = None,
     logprobs: bool = False,
     share_prefix: bool = True,
@@ -86,11 +88,12 @@ def stream(
     A piece holds complete characters only, and nothing that may still become a stop string. Beams give one piece an
     answer. Until the iterator ends or is closed the model is in evaluation mode.
     """
-    job = make_job(model, settings, eos_ids, tokenizer, adapters, logprobs, share_prefix)
+    job = make_job(model, settings, eos_ids, tokenizer, adapters, logprobs, share_prefix, routes)
     for number, prompt in enumerate(prompts):
         check_prompt(model.config, prompt, f"prompt {number + 1}")
-    if seeds is not None and len(seeds) != len(prompts):
-        raise GenerationError(f"generation: {len(seeds)} seeds for {len(prompts)} prompts; give one a prompt")
+    for what, given in (("seeds", seeds), ("routes", routes)):
+        if given is not None and len(given) != len(prompts):
+            raise GenerationError(f"generation: {len(given)} {what} for {len(prompts)} prompts; give one a prompt")
     return _stream_groups(job, prompts, seeds, cache_bytes)
 
 
@@ -102,6 +105,7 @@ def make_job(
     adapters: tuple[str, ...] | None = None,
     logprobs: bool = False,
     share_prefix: bool = True,
+    routes: Sequence[tuple[str, ...]] | None = None,
 ) -> Job:
     """Check what all answers share. Raises GenerationError, AdapterError."""
     settings = settings or GenerationSettings()
@@ -109,8 +113,11 @@ def make_job(
         raise GenerationError("generation: stop strings need a tokenizer to be found in the text; pass tokenizer=")
     if logprobs and settings.beams > 1:
         raise GenerationError(f"generation: logprobs are not kept with beams={settings.beams}; set beams=1")
-    check_adapters(model, adapters)
-    return Job(model, settings, frozenset(eos_ids), tokenizer, adapters, logprobs, share_prefix)
+    if adapters is not None and routes is not None:
+        raise GenerationError("generation: adapters act on every prompt, routes on each its own; give one of the two")
+    for names in [adapters] if routes is None else set(routes):
+        check_adapters(model, names)
+    return Job(model, settings, frozenset(eos_ids), tokenizer, adapters, logprobs, share_prefix, routes)
 
 
 @torch.inference_mode()
@@ -122,9 +129,11 @@ def _stream_groups(
         for group in _groups(job, prompts, cache_bytes):
             chosen = [prompts[i] for i in group]
             room = min(job.settings.max_new_tokens, FIRST_ROOM)
-            cache, logits = prefill(job.model, chosen, room, job.adapters, job.share_prefix)
+            cache, logits = prefill(job.model, chosen, room, [job.acting(i) for i in group], job.share_prefix)
             answers = [
-                new_answer(job, i * n + j, prompts[i], j, seeds[i] if seeds is not None else job.settings.seed)
+                new_answer(
+                    job, i * n + j, prompts[i], j, seeds[i] if seeds is not None else job.settings.seed, job.acting(i)
+                )
                 for i in group
                 for j in range(n)
             ]
@@ -137,11 +146,18 @@ def _stream_groups(
             yield from decode(job, answers, cache, logits)
 
 
-def new_answer(job: Job, index: int, prompt: Sequence[int], number: int = 0, seed: int | None = None) -> Answer:
+def new_answer(
+    job: Job,
+    index: int,
+    prompt: Sequence[int],
+    number: int = 0,
+    seed: int | None = None,
+    adapters: tuple[str, ...] | None = None,
+) -> Answer:
     """The empty answer number `number` to a prompt, with as many tokens ahead as settings and context allow."""
     limit = context_limit(job.model.config)
     most = job.settings.max_new_tokens if limit is None else min(job.settings.max_new_tokens, limit - len(prompt))
-    return Answer(index, job, prompt, most, generator_for(seed, number))
+    return Answer(index, job, prompt, most, generator_for(seed, number), adapters)
 
 
 def _groups(job: Job, prompts: Sequence[Sequence[int]], cache_bytes: int) -> Iterator[list[int]]:
@@ -189,7 +205,7 @@ def decode(job: Job, answers: Sequence[Answer], cache: Cache, logits: Tensor) ->
             live, tokens = [live[row] for row in rows], tokens[rows]
             seen = seen[rows] if seen is not None else None
         layout = Layout.of([1] * len(live), device=model.device)
-        logits = forward_last(model, tokens, layout, cache, job.adapters, range(len(live)))
+        logits = forward_last(model, tokens, layout, cache, [answer.adapters for answer in live], range(len(live)))
 
 
 def seen_tokens(prompts: Sequence[Sequence[int]], logits: Tensor) -> Tensor:

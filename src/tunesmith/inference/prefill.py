@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tunesmith.data.encode import Example
-from tunesmith.data.pack import NOTHING, answer_ends, prefix_tree, with_infix
+from tunesmith.data.pack import NOTHING, Node, answer_ends, prefix_tree, with_infix
 from tunesmith.errors import AdapterError, GenerationError, did_you_mean
 from tunesmith.model.cache import Cache
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.layout import Layout
 from tunesmith.model.llama import Llama
 from tunesmith.model.seam import Seam
-from tunesmith.model.virtual import Needs
+from tunesmith.model.virtual import Names, Needs
 
 
 def context_limit(config: ModelConfig) -> int | None:
@@ -63,15 +64,22 @@ def forward_last(
     tokens: Sequence[int] | Tensor,
     layout: Layout,
     cache: Cache,
-    adapters: tuple[str, ...] | None,
+    adapters: Sequence[Names | None],
     rows: Sequence[int],
 ) -> Tensor:
-    """One pass with the cache; float32 logits (len(rows), vocab) at these rows."""
+    """One pass with the cache; float32 logits (len(rows), vocab) at these rows.
+
+    `adapters`: those that act on each segment; None, for every segment: all attached.
+    """
     ids = torch.as_tensor(tokens, dtype=torch.int64, device=model.device)
-    ctx = model.context(layout, cache, adapters)
+    if all(names == adapters[0] for names in adapters):  # nothing to take apart
+        ctx = model.context(layout, cache, adapters[0])
+    else:
+        ctx = model.context(layout, cache, routes=[names for names in adapters if names is not None])
     hidden = model.run(ids, ctx)
     if len(rows) != len(hidden):
-        hidden = hidden[torch.as_tensor(rows, device=hidden.device)]
+        at = torch.as_tensor(rows, device=hidden.device)
+        hidden, ctx = hidden[at], ctx.at(at)
     return model.logits(hidden, ctx).float()
 
 
@@ -79,18 +87,26 @@ def prefill(
     model: Llama,
     prompts: Sequence[Sequence[int]],
     room: int,
-    adapters: tuple[str, ...] | None,
+    adapters: Sequence[Names | None],
     share_prefix: bool = True,
 ) -> tuple[Cache, Tensor]:
     """A cache of the prompts with room for `room` more tokens each, and the logits after each prompt, (prompts, vocab).
 
-    What several prompts begin with is computed once.
+    `adapters`: those that act on each prompt; None, for every prompt: all attached. What several prompts with the same
+    adapters begin with is computed once.
     """
-    tokens, layout = pack_prompts(prompts, share_prefix, model.device, model.needs(adapters))
+    kinds = list(dict.fromkeys(adapters))
+    groups = [kinds.index(names) for names in adapters]
+    needs = [model.needs(names) for names in kinds]
+    tokens, layout = pack_prompts(prompts, share_prefix, model.device, needs, groups)
     cache = Cache(model.config, len(prompts), max(map(len, prompts)) + room, model.dtype, model.device)
     ends = [start + length - 1 for start, length in zip(layout.starts, layout.lengths, strict=True)]
+    acting = [kinds[0]] * (len(ends) - len(prompts)) + list(adapters)
+    for segment in reversed(range(len(acting))):  # what prompts share is computed with the adapters that they share
+        if (parent := layout.parents[segment]) >= 0:
+            acting[parent] = acting[segment]
     return cache, forward_last(
-        model, torch.from_numpy(tokens).to(model.device), layout, cache, adapters, ends[-len(prompts) :]
+        model, torch.from_numpy(tokens).to(model.device), layout, cache, acting, ends[-len(prompts) :]
     )
 
 
@@ -98,21 +114,24 @@ def pack_prompts(
     prompts: Sequence[Sequence[int]],
     share_prefix: bool,
     device: torch.device | str = "cpu",
-    needs: Needs = NOTHING,
+    needs: Sequence[Needs] = (NOTHING,),
+    groups: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, Layout]:
     """Tokens and layout of a row: what prompts share, then each prompt's own end, in order.
 
     Every prompt keeps at least its last token to itself, whatever it shares: its logits are read there, and its keys
-    and values become a sequence of the cache. `needs`: what the adapters must find there (`Llama.needs`).
+    and values become a sequence of the cache. `groups` numbers the prompts by the adapters that act on them (absent:
+    all alike): only those of one group share. `needs`: what each group's adapters must find there (`Llama.needs`).
     """
-    ids = [with_infix(_example(prompt), needs.infix).ids.astype(np.int64) for prompt in prompts]
-    marks = [answer_ends(_example(prompt), needs.ends) for prompt in ids]
+    groups = [0] * len(prompts) if groups is None else groups
+    ids = [with_infix(_example(p), needs[g].infix).ids.astype(np.int64) for p, g in zip(prompts, groups, strict=True)]
+    marks = [answer_ends(_example(prompt), needs[g].ends) for prompt, g in zip(ids, groups, strict=True)]
     begins, parent_of = [0] * len(ids), [-1] * len(ids)
     shared: list[tuple[int, int, int]] = []  # prompt, from, to
     parents: list[int] = []
     number: dict[int, int] = {}
     keys = [(prompt + (mark << 32))[:-1] for prompt, mark in zip(ids, marks, strict=True)]  # as in data/pack.py
-    nodes = prefix_tree(keys) if share_prefix and len(ids) > 1 else []
+    nodes = _common_beginnings(keys, groups) if share_prefix and len(ids) > 1 else []
     for i, node in enumerate(nodes):
         if len(node.members) == 1:
             continue  # a prompt's own end: laid out below, with its last token
@@ -122,9 +141,21 @@ def pack_prompts(
         for member in node.members:
             begins[member], parent_of[member] = node.stop, number[i]
     cuts = [*shared, *((i, begin, len(ids[i])) for i, begin in enumerate(begins))]
-    told = np.concatenate([marks[i][start:stop] for i, start, stop in cuts]) if needs.ends else None
+    told = np.concatenate([marks[i][a:b] for i, a, b in cuts]) if any(each.ends for each in needs) else None
     layout = Layout.of([stop - start for _, start, stop in cuts], [*parents, *parent_of], device, told)
     return np.concatenate([ids[i][start:stop] for i, start, stop in cuts]), layout
+
+
+def _common_beginnings(keys: Sequence[np.ndarray], groups: Sequence[int]) -> list[Node]:
+    """The prefix trees of each group, one after the other."""
+    nodes: list[Node] = []
+    for group in sorted(set(groups)):
+        own = [i for i, other in enumerate(groups) if other == group]
+        first = len(nodes)
+        for node in prefix_tree([keys[i] for i in own]):
+            parent = node.parent + first if node.parent >= 0 else -1
+            nodes.append(replace(node, parent=parent, members=tuple(own[i] for i in node.members)))
+    return nodes
 
 
 def _example(prompt: Sequence[int] | np.ndarray) -> Example:

@@ -123,7 +123,7 @@ class ChatSession:
                 yield piece.text
             return
         job = make_job(self.model, settings, eos, self.tokenizer, self.adapters)
-        answer = new_answer(job, 0, prompt, seed=settings.seed)
+        answer = new_answer(job, 0, prompt, seed=settings.seed, adapters=self.adapters)
         try:
             with evaluation_mode(self.model):
                 cache, logits = self._feed(job, prompt)
@@ -151,9 +151,9 @@ class ChatSession:
             known += 1
         self._cache.truncate(0, known)
         self._held = self._held[:known]
-        fresh, layout = pack_prompts([prompt[known:]], False, self.model.device, needs)
+        fresh, layout = pack_prompts([prompt[known:]], False, self.model.device, [needs])
         return self._cache, forward_last(
-            self.model, fresh.tolist(), layout, self._cache, self.adapters, [len(fresh) - 1]
+            self.model, fresh.tolist(), layout, self._cache, [self.adapters], [len(fresh) - 1]
         )
 
     def _remember(self, prompt: list[int], answer: Answer) -> None:

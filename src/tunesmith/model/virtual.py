@@ -47,8 +47,9 @@ def make_context(
     routes: Sequence[Names] | None,
 ) -> Context:
     """See `Llama.context`."""
-    _check_ends(model.needs(adapters).ends, layout, cache)
     given = _routes_of(layout, adapters, routes)
+    acting = adapters if routes is None else tuple(sorted({name for names in routes for name in names}))
+    _check_ends(model.needs(acting).ends, layout, cache)
     fresh = cache is None or not any(cache.lengths)
     sizes = {name: size for name, delta in model.model.embed.items() if (size := getattr(delta, "virtual_tokens", 0))}
     chosen = [[n for n in sizes if names is None or n in names] if fresh else [] for names in given]
@@ -69,7 +70,7 @@ def make_context(
         full,
         cos,
         sin,
-        adapters if routes is None else tuple(sorted({name for names in routes for name in names})),
+        acting,
         cache,
         _rows(layout, kinds, given, chains, sizes, device) if routes is not None else {},
         _virtual(chains, sizes, device),
