@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from tunesmith.adapters import peft_config as peft
 from tunesmith.adapters.base import Adapter, Delta, Placement
+from tunesmith.adapters.lora_peft import drop_copies
 from tunesmith.adapters.peft_targets import known_names, short_names
-from tunesmith.adapters.targets import select_linears
+from tunesmith.adapters.targets import matching, select_linears
 from tunesmith.config import STRICT
 from tunesmith.config.sections import Words
-from tunesmith.errors import AdapterError
 from tunesmith.model.linear import Linear
 from tunesmith.model.llama import Llama
 from tunesmith.model.seam import Context
@@ -99,7 +99,7 @@ class IA3:
     def place(self, model: Llama, settings: IA3Settings) -> Iterator[Placement]:
         """One delta on each target. Raises AdapterError for a feedforward module that is no target."""
         targets = dict(select_linears(model, settings.target_modules))
-        inner = _feedforward(model, settings, targets)
+        inner = _feedforward(settings, targets)
         for path, linear in targets.items():
             if path in inner:
                 yield Placement(path, "input", InputScale(linear.in_features))
@@ -143,6 +143,7 @@ class IA3:
         targets = dict(select_linears(model, names, where=where))
         inner = _peft_feedforward(config, targets, where)
         found = peft.plain_keys(tensors, where)
+        drop_copies(found, model)
         shapes = {
             path: (1, linear.in_features) if path in inner else (linear.out_features, 1)
             for path, linear in targets.items()
@@ -155,18 +156,11 @@ class IA3:
         )
 
 
-def _feedforward(model: Llama, settings: IA3Settings, targets: Mapping[str, Linear]) -> set[str]:
-    """The targets that are scaled at their input."""
+def _feedforward(settings: IA3Settings, targets: Collection[str]) -> set[str]:
+    """The targets that are scaled at their input. Raises AdapterError for an entry that is none of them."""
     if settings.feedforward_modules is None:
         return {path for path in targets if path.endswith(f".{FEEDFORWARD}")}
-    if not settings.feedforward_modules:
-        return set()
-    inner = {path for path, _ in select_linears(model, settings.feedforward_modules)}
-    if strange := sorted(inner - set(targets)):
-        raise AdapterError(
-            f"adapter.feedforward_modules: {strange[0]} is not among the target_modules, so it would do nothing"
-        )
-    return inner
+    return matching(settings.feedforward_modules, list(targets), key="feedforward_modules", among="the targets are")
 
 
 def _peft_feedforward(config: Mapping[str, Any], targets: Collection[str], where: str) -> set[str]:

@@ -58,28 +58,32 @@ def _select(
     yield from ((path, module) for path, module in modules.items() if path in wanted)
 
 
-def matching(target: str | Sequence[str], paths: Sequence[str], where: str = "adapter") -> set[str]:
+def matching(
+    target: str | Sequence[str],
+    paths: Sequence[str],
+    where: str = "adapter",
+    key: str = "target_modules",
+    among: str = "this model has",
+) -> set[str]:
     """Those of `paths` that `target` means: ends of paths, or one regular expression that matches a whole path.
 
-    Raises AdapterError where an entry matches nothing.
+    Raises AdapterError where an entry matches nothing; `key` and `among` are words of its message.
     """
     names = sorted({path.rsplit(".", 1)[-1] for path in paths})
-    known = "this model has " + ", ".join(names)
+    known = f"{among} {', '.join(names)}"
     if isinstance(target, str):
         try:
             chosen = {path for path in paths if re.fullmatch(target, path)}
         except re.error as error:
-            raise AdapterError(f"{where}.target_modules: {target!r} is no regular expression: {error}") from None
+            raise AdapterError(f"{where}.{key}: {target!r} is no regular expression: {error}") from None
         if not chosen:
-            raise AdapterError(f"{where}.target_modules: {target!r} matches no module; {known}")
+            raise AdapterError(f"{where}.{key}: {target!r} matches no module; {known}")
         return chosen
     chosen = set()
     for entry in target:
         found = {path for path in paths if path == entry or path.endswith(f".{entry}")}
         if not found:
-            raise AdapterError(
-                f"{where}.target_modules: {entry!r} names no module{did_you_mean(entry, names)}; {known}"
-            )
+            raise AdapterError(f"{where}.{key}: {entry!r} names no module{did_you_mean(entry, names)}; {known}")
         chosen |= found
     return chosen
 
