@@ -101,6 +101,8 @@ class DoRA(LoRA):
         self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Llama, where: str
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """See `Exchangeable`."""
+        if not self.reads(config):
+            raise AdapterError(f"{where}: use_dora={config.get('use_dora')}, but it is saved as a DoRA; copy it again")
         return lora_peft.from_peft(config, tensors, model, where, dora=True)
 
 
