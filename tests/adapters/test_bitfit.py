@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from tests.export.small_run import VOCAB, logits, make_base, train_like
 from tests.laws.small import TINY, build, disturb, logits_of, relative, sample_row
 from torch import nn
 
 from tunesmith.adapters import attach, find_method
 from tunesmith.adapters.bitfit import BitFitSettings
 from tunesmith.errors import AdapterError, CannotMerge
+from tunesmith.export.merge import merge_adapter, merged_weights
 from tunesmith.model.llama import Llama
+from tunesmith.model.load import load_model
 from tunesmith.model.shapes import shape
+from tunesmith.tokenizer import load_tokenizer
 
 BIASED = replace(TINY, qkv_bias=True, o_bias=True, mlp_bias=True)
 
@@ -42,6 +48,33 @@ def test_on_a_base_with_biases_their_change_is_trained() -> None:
     layer = model.model.layers[0].self_attn.q_proj
     weight, bias = layer.edit["default"].fold(layer.weight, layer.bias)
     assert torch.equal(weight, layer.weight) and torch.equal(bias, moved.model.layers[0].self_attn.q_proj.bias)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["v_proj"], ["up_proj", "o_proj"]])
+def test_merged_it_is_a_llama_with_biases(targets: str | list[str], tmp_path: Path) -> None:
+    """transformers loads the folder with the logits of base + adapter; linears without a bias of theirs get zeros."""
+    folder, tokens = make_base(tmp_path / "base"), torch.arange(5, 60) * 7 % VOCAB
+    model = load_model(folder)
+    adapter = train_like(model, {"kind": "bitfit", "target_modules": targets})
+    live = logits(model, tokens)
+    merge_adapter(model, adapter, load_tokenizer(folder), tmp_path / "out")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert peer.config.attention_bias and peer.config.mlp_bias == (targets != ["v_proj"])
+    with torch.no_grad():
+        theirs = peer(tokens[None]).logits[0]
+    assert relative(theirs, live) < 1e-5 < relative(theirs, logits(load_model(folder), tokens))
+
+
+def test_a_bias_that_the_family_cannot_have(tmp_path: Path) -> None:
+    folder = make_base(tmp_path / "base")
+    model = load_model(folder)
+    adapter = train_like(model, {"kind": "bitfit", "target_modules": ["lm_head"]})
+    with pytest.raises(CannotMerge, match=r"lm_head.bias: bitfit adds a bias, which a llama model cannot have there"):
+        merge_adapter(model, adapter, load_tokenizer(folder), tmp_path / "out")
+    mistral = build(replace(TINY, model_type="mistral"))
+    adapter = attach(mistral, {"kind": "bitfit", "target_modules": ["q_proj"]})
+    with pytest.raises(CannotMerge, match="which a mistral model cannot have"):
+        merged_weights(mistral, adapter, torch.float32)
 
 
 def test_norms_get_one_too() -> None:

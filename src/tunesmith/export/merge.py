@@ -7,7 +7,7 @@ Rounding can swallow a small delta whole (bfloat16 keeps 8 bits), so every layer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,13 +135,14 @@ def merged_weights(
         folded[name] = whole.to(dtype).cpu()
         if weight is not None:
             layers.append(_loss(name, weight, whole, dtype))
-    config = model.config
+    config = _with_biases(model.config, folded, adapter.kind)
     if config.tie_word_embeddings and not folded.keys().isdisjoint({"lm_head.weight", "model.embed_tokens.weight"}):
         config = replace(config, tie_word_embeddings=False)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    own = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    own |= folded
     tensors = {
-        name: folded[name] if name in folded else parameters[name].detach().to("cpu", dtype)
-        for name in config.weight_shapes()
+        name: own[name].to("cpu", dtype) if name in own else torch.zeros(shape, dtype=dtype)
+        for name, shape in config.weight_shapes().items()  # zeros: biases that come with those that the adapter adds
     }
     bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
@@ -162,11 +163,36 @@ def _folded(model: Llama, adapter: Adapter) -> Iterator[tuple[str, Tensor | None
             )
         wide = weight.detach().double()  # so that W + D - W gives D back
         new, shift = delta.fold(wide, None if bias is None else bias.detach().double())
-        if shift is not None and bias is None:
-            raise CannotMerge(f"{path}: {adapter.kind} adds a bias, which a {model.config.model_type} model has not")
         yield f"{path}.weight", wide, new.detach()
-        if shift is not None and bias is not None:
+        if shift is not None:
             yield f"{path}.bias", None, shift.detach()
+
+
+# family -> (linears, flags of ModelConfig): biases that a key of its config.json switches on, all of them at once
+_BIASES: dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = {
+    "llama": (
+        (("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_bias", "o_bias")),
+        (("gate_proj", "up_proj", "down_proj"), ("mlp_bias",)),
+    ),
+    "qwen3": ((("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_bias", "o_bias")),),
+}
+
+
+def _with_biases(config: ModelConfig, folded: Collection[str], kind: str) -> ModelConfig:
+    """The configuration with the biases that a merge adds. Raises CannotMerge where the family cannot have them."""
+    for name in folded:
+        if not name.endswith(".bias") or name in config.weight_shapes():
+            continue
+        module = name.split(".")[-2]
+        flags = next((flags for linears, flags in _BIASES.get(config.model_type, ()) if module in linears), None)
+        if flags is None:
+            raise CannotMerge(
+                f"{name}: {kind} adds a bias, which a {config.model_type} model cannot have there: keep the adapter "
+                "beside its base"
+            )
+        added: dict[str, Any] = dict.fromkeys(flags, True)
+        config = replace(config, **added)
+    return config
 
 
 def _loss(name: str, weight: Tensor, whole: Tensor, dtype: torch.dtype) -> LayerLoss:
