@@ -119,7 +119,7 @@ def test_without_a_compiler_torch_does_the_work_and_a_line_says_so(monkeypatch: 
 def test_a_build_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     broken = tmp_path / "kernels.cpp"
     broken.write_text("this is no C++")
-    monkeypatch.setattr(native, "SOURCE", broken)
+    monkeypatch.setattr(native, "SOURCES", (broken,))
     monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path))
     native.built.cache_clear()
     try:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tunesmith.model.product import dense, product
 from tunesmith.model.seam import Context, Seam
+from tunesmith.quant.storage import Storage
 
 
 class Linear(nn.Module):
@@ -14,7 +16,11 @@ class Linear(nn.Module):
 
     Seams: `input` edits x before the product; `edit` edits W x before the bias and is given x.
     Without adapters this is `torch.nn.Linear`, and the parameters have its names.
+
+    Where `quant` is there, `weight` holds W's packed numbers (see quant/storage.py) and `dense_weight` gives W.
     """
+
+    quant: Storage | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
@@ -22,15 +28,29 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.input, self.edit = Seam(), Seam()
+        self.register_module("quant", None)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """(tokens, in_features) -> (tokens, out_features)."""
         if len(self.input):
             x = self.input(x, self, ctx)
-        if not len(self.edit):
+        if self.quant is None and not len(self.edit):
             return functional.linear(x, self.weight, self.bias)
-        y = self.edit(functional.linear(x, self.weight), self, ctx, x)
+        y = functional.linear(x, self.weight) if self.quant is None else product(x, self.weight, self.quant)
+        if len(self.edit):
+            y = self.edit(y, self, ctx, x)
         return y if self.bias is None else y + self.bias
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W, (out_features, in_features): the Parameter itself, or made anew from a quantized one (float32)."""
+        if self.quant is None:
+            return self.weight if dtype is None else self.weight.to(dtype)
+        return dense(self.weight, self.quant, dtype or torch.float32)
+
+    def hold(self, packed: Tensor, storage: Storage) -> None:
+        """Keep W in `packed` from here on, frozen, read by `storage`."""
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.quant = storage
 
     def extra_repr(self) -> str:
         """Sizes, as torch.nn.Linear prints them."""

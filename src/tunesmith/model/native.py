@@ -1,4 +1,5 @@
-"""Builds, loads and calls kernels.cpp: the CPU's element-wise work in one pass where torch makes several.
+"""Builds, loads and calls kernels.cpp: the CPU's element-wise work in one pass where torch makes several; and
+quantized.cpp, which reads frozen weights of few bits (called from product.py).
 
 The machine's own C++ compiler builds it once (about a second) into the cache folder, under a name that tells source,
 flags, compiler and processor apart. Where there is no compiler the torch formulas of fused.py and attention.py do the
@@ -12,6 +13,8 @@ import hashlib
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +26,7 @@ from torch import Tensor
 from tunesmith.errors import ConfigError
 from tunesmith.hardware import cache_dir, cpu_features
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "quantized.cpp", "bf16.h"))
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),  # none of these touches NaN or infinity
@@ -32,7 +35,7 @@ BUILD_SECONDS = 120
 
 
 class Kernels:
-    """The functions of kernels.cpp over tensors.
+    """The functions of the sources over tensors.
 
     All are contiguous, on the CPU, of one dtype unless it says otherwise.
     """
@@ -45,31 +48,31 @@ class Kernels:
         """y = x / rms(x) * weight over the last dimension, and 1 / rms(x) in float32, (rows,)."""
         size = x.shape[-1]
         y, scale = torch.empty_like(x), x.new_empty(x.numel() // size, dtype=torch.float32)
-        self._call("rms_norm", x.dtype, x, weight, y, scale, x.numel() // size, size, eps)
+        self.call("rms_norm", x.dtype, x, weight, y, scale, x.numel() // size, size, eps)
         return y, scale
 
     def rms_norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         """The gradient of x."""
         dx = torch.empty_like(x)
-        self._call("rms_norm_backward", x.dtype, grad, x, weight, scale, dx, scale.numel(), x.shape[-1])
+        self.call("rms_norm_backward", x.dtype, grad, x, weight, scale, dx, scale.numel(), x.shape[-1])
         return dx
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) * up."""
         out = torch.empty_like(gate)
-        self._call("swiglu", gate.dtype, gate, up, out, gate.numel())
+        self.call("swiglu", gate.dtype, gate, up, out, gate.numel())
         return out
 
     def swiglu_backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of gate and up."""
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        self._call("swiglu_backward", gate.dtype, grad, gate, up, dgate, dup, gate.numel())
+        self.call("swiglu_backward", gate.dtype, grad, gate, up, dgate, dup, gate.numel())
         return dgate, dup
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
         """Rotary embedding of x (tokens, heads, d) by cos and sin (tokens, d / 2); sign -1 turns back."""
         out = torch.empty_like(x)
-        self._call("rotate", x.dtype, x, cos, sin, out, *x.shape[:2], x.shape[2] // 2, sign)
+        self.call("rotate", x.dtype, x, cos, sin, out, *x.shape[:2], x.shape[2] // 2, sign)
         return out
 
     def stack(self, x: Tensor, rows: Tensor, kv_heads: int, *, scale: float = 1.0, wide: bool = False) -> Tensor:
@@ -80,18 +83,18 @@ class Kernels:
         (batch, n), (_, heads, width) = rows.shape, x.shape
         out = x.new_empty((batch * kv_heads, heads // kv_heads * n, width), dtype=torch.float32 if wide else x.dtype)
         name = "stack_wide" if wide else "stack"
-        self._call(name, x.dtype, x, rows, out, batch, n, kv_heads, heads // kv_heads, width, scale)
+        self.call(name, x.dtype, x, rows, out, batch, n, kv_heads, heads // kv_heads, width, scale)
         return out
 
     def unstack(self, x: Tensor, rows: Tensor, out: Tensor, kv_heads: int, *, scale: float = 1.0) -> None:
         """The reverse of `stack`, into `out` (tokens, heads, d); rows of -1 are dropped."""
         (batch, n), (_, heads, width) = rows.shape, out.shape
-        self._call("unstack", x.dtype, x, rows, out, batch, n, kv_heads, heads // kv_heads, width, scale)
+        self.call("unstack", x.dtype, x, rows, out, batch, n, kv_heads, heads // kv_heads, width, scale)
 
     def gather_add(self, x: Tensor, rows: Tensor, out: Tensor, *, scale: float = 1.0) -> None:
         """Add x (batch * kv_heads, m, d) to the rows (batch, m) of `out` (tokens, kv_heads, d), float32."""
         (batch, m), (_, heads, width) = rows.shape, out.shape
-        self._call("gather_add", x.dtype, x, rows, out, batch, m, heads, width, scale)
+        self.call("gather_add", x.dtype, x, rows, out, batch, m, heads, width, scale)
 
     def softmax(self, scores: Tensor, visible: Tensor, dtype: torch.dtype, lse: Tensor | None = None) -> Tensor:
         """Probabilities of float32 scores (batch * kv_heads, group * n, m), which are overwritten.
@@ -101,7 +104,7 @@ class Kernels:
         """
         (batch, n, _), (stacked, rows, m) = visible.shape, scores.shape
         p = torch.empty_like(scores, dtype=dtype)
-        self._call("softmax", dtype, scores, visible, p, _or_null(lse), batch, stacked * rows // batch // n, n, m)
+        self.call("softmax", dtype, scores, visible, p, or_null(lse), batch, stacked * rows // batch // n, n, m)
         return p
 
     def softmax_backward(self, p: Tensor, dp: Tensor, visible: Tensor, inner: Tensor | None = None) -> Tensor:
@@ -111,16 +114,17 @@ class Kernels:
         """
         (batch, n, _), (stacked, rows, m) = visible.shape, p.shape
         heads = stacked * rows // batch // n
-        self._call("softmax_backward", p.dtype, p, dp, visible, _or_null(inner), batch, heads, n, m)
+        self.call("softmax_backward", p.dtype, p, dp, visible, or_null(inner), batch, heads, n, m)
         return dp
 
     def cross_entropy(self, logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         """Weighted losses (rows,), float32, of logits (rows, size), which become their own gradient."""
         loss = logits.new_empty(len(logits), dtype=torch.float32)
-        self._call("cross_entropy", logits.dtype, logits, target, weight, loss, *logits.shape)
+        self.call("cross_entropy", logits.dtype, logits, target, weight, loss, *logits.shape)
         return loss
 
-    def _call(self, name: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
+    def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
+        """Call `name` for `dtype`: tensors go as their addresses."""
         function = self._functions.get((name, dtype))
         if function is None:
             function = self._library[f"{name}_{str(dtype).removeprefix('torch.')}"]
@@ -131,9 +135,29 @@ class Kernels:
         function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
-def _or_null(x: Tensor | None) -> Tensor:
+def or_null(x: Tensor | None) -> Tensor:
     """A tensor, or one whose address is 0."""
     return torch.empty(0) if x is None else x
+
+
+class ShapeKernels(Kernels):
+    """Kernels for the meta device: they make what the real ones make, and compute nothing."""
+
+    def __init__(self) -> None:
+        """No library is needed."""
+
+    def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def shapes_only(native: bool) -> Iterator[None]:
+    """Within it, `kernels_for` has kernels for the meta device (`native`), so that memory is planned for them."""
+    _process.shapes = ShapeKernels() if native else None
+    try:
+        yield
+    finally:
+        _process.shapes = None
 
 
 def kernels_for(*tensors: Tensor) -> Kernels | None:
@@ -141,6 +165,8 @@ def kernels_for(*tensors: Tensor) -> Kernels | None:
     first = tensors[0]
     if first.dtype not in (torch.bfloat16, torch.float32) or torch.compiler.is_compiling():
         return None
+    if _process.shapes and first.device.type == "meta":
+        return _process.shapes
     if any(t.device.type != "cpu" or t.dtype != first.dtype or not t.is_contiguous() for t in tensors):
         return None
     return None if _process.torch_only else built()[0]
@@ -168,6 +194,7 @@ class _Process:
     """The one choice that a process makes."""
 
     torch_only: bool = False
+    shapes: Kernels | None = None
 
 
 _process = _Process()
@@ -191,7 +218,7 @@ def built() -> tuple[Kernels | None, str]:
 
 def _built(compiler: str) -> Path:
     """The library in the cache folder, built if it is not there. Raises OSError, SubprocessError."""
-    source = SOURCE.read_bytes()
+    source = b"\0".join(path.read_bytes() for path in SOURCES)
     version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, timeout=10, check=True).stdout
     key = [source, version, " ".join(FLAGS).encode(), " ".join(sorted(cpu_features())).encode(), compiler.encode()]
     name = hashlib.sha256(b"\0".join(key)).hexdigest()[:16]
@@ -201,7 +228,7 @@ def _built(compiler: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / library.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+            command = [compiler, *FLAGS, *(str(path) for path in SOURCES if path.suffix == ".cpp"), "-o", str(made)]
             subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=True)
             made.replace(library)  # in one step: another process may be building the same
     return library
