@@ -55,11 +55,11 @@ def inspect(
         )
     from tunesmith.export.counts import count
 
-    show(count(model, method, _settings(given)), json)
+    show(count(model, method, method_settings(given)), json)
 
 
-def _settings(words: list[str]) -> dict[str, Any]:
-    """A method's settings from KEY=VALUE words; `adapter.KEY`, as `train` has it, is the same key."""
+def method_settings(words: list[str]) -> dict[str, Any]:
+    """Return a method's settings from KEY=VALUE words; `adapter.KEY` is the same key. Raises ConfigError."""
     from tunesmith.config.source import parse_value
 
     settings: dict[str, Any] = {}

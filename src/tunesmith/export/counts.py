@@ -19,6 +19,7 @@ from tunesmith.adapters import Adapter, attach
 from tunesmith.adapters.peft_format import exported
 from tunesmith.errors import ModelError
 from tunesmith.model.config import ModelConfig
+from tunesmith.model.fields import read_json
 from tunesmith.model.linear import Linear
 from tunesmith.model.llama import Llama
 from tunesmith.model.load import load_config
@@ -52,11 +53,14 @@ def count(model: str, method: str | None = None, settings: Mapping[str, Any] | N
 
 
 def config_of(model: str) -> ModelConfig:
-    """The configuration of a model by name, of a folder or of a .gguf file. Raises ModelError."""
+    """The configuration of a model by name, of a folder (config.json is enough) or a .gguf file. Raises ModelError."""
     if model in shapes():
         return shape(model)
-    if Path(model).exists():
-        return load_config(Path(model))
+    path = Path(model)
+    if (path / "config.json").is_file():
+        return ModelConfig.from_hf(read_json(path / "config.json"), str(path / "config.json"))
+    if path.exists():
+        return load_config(path)
     try:
         return shape(model)
     except ModelError as error:
@@ -85,7 +89,9 @@ def _method_counts(model: Llama, adapter: Adapter) -> dict[str, Any]:
 
 def _by_module(adapter: Adapter) -> dict[str, dict[str, int]]:
     """Trained parameters and places by module, those of all layers together."""
-    owned: dict[str, list[nn.Parameter]] = {place: list(delta.parameters()) for place, delta in adapter.deltas.items()}
+    owned: dict[str, list[nn.Parameter]] = {
+        place: [p for name, p in adapter.trainable.items() if name.startswith(f"{place}.")] for place in adapter.deltas
+    }
     found: dict[str, dict[str, int]] = {}
     for name, parameters in [*owned.items(), *((name, [p]) for name, p in adapter.base.items())]:
         entry = found.setdefault(re.sub(r"^model\.(layers\.\d+\.)?", "", name), {"places": 0, "parameters": 0})

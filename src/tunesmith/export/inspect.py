@@ -69,6 +69,7 @@ def _adapter(path: Path) -> dict[str, Any]:
     if own:
         report["settings"] = _shown(own.get("settings"))
         report |= _behaviour(own)
+        report |= {"attention": own["attention"]} if own.get("attention") else {}
         report["notes"] = _shown(own.get("notes"))
     report |= _tensors(files)
     if norms := _norms(config, files):
@@ -89,7 +90,7 @@ def _behaviour(own: dict[str, Any]) -> dict[str, Any]:
 
     try:
         method = find_method(str(own.get("kind")))
-        settings = validate_section(method.settings, own.get("settings") or {}, "settings")
+        settings: Any = validate_section(method.settings, own.get("settings") or {}, "settings")
     except ConfigError as error:
         return {"not_understood": str(error)}
     return {"mergeable": method.mergeable(settings)}
