@@ -23,6 +23,10 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
         {"rank": 3, "rslora": True, "init": "gaussian", "target_modules": "(lm_head|.*(q_proj|down_proj))"},
         {"rank": 4, "dropout": 0.3, "layers_to_transform": [1]},
     ],
+    "adalora": [
+        {"init_rank": 4, "target_rank": 3, "total_steps": 4, "tinit": 0, "tfinal": 1, "deltaT": 1},
+        {"init_rank": 3, "target_rank": 2, "dropout": 0.3, "target_modules": ["lm_head", "v_proj"]},
+    ],
     "ia3": [
         {"target_modules": "all-linear"},
         {"target_modules": ["q_proj", "up_proj", "lm_head"], "feedforward_modules": ["up_proj"]},
@@ -41,4 +45,14 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
         {"layers": 2, "init": "random"},
     ],
     "llama_adapter_v2": [{"layers": 2, "gate": "scalar"}],
+    "prompt": [
+        {"virtual_tokens": 3, "infix_tokens": 2, "init": "normal"},
+        {"virtual_tokens": 5, "init_ids": [7, 3]},
+    ],
+    "prefix": [{"virtual_tokens": 3, "init": "normal"}, {"virtual_tokens": 4, "reparam": 5}],
+    "reft": [
+        {"first_positions": 2, "last_positions": 1, "tied": True},
+        {"variant": "noreft", "rank": 2, "last_positions": 0},
+        {"variant": "direft", "first_positions": 0, "last_positions": 3, "layers_to_transform": [1]},
+    ],
 }
