@@ -93,7 +93,7 @@ def load(
 
 def attach(loaded: Loaded, kind: str = "lora", name: str = "default", *, seed: int = 0, **settings: Any) -> Adapter:
     """Attach a fresh adapter of method `kind` under `name`. Raises ConfigError, AdapterError."""
-    adapter = methods.attach(loaded.model, {"kind": kind, **settings}, name, seed)
+    adapter = methods.attach(loaded.model, {"kind": kind, **settings}, name, seed, loaded.tokenizer.encode)
     loaded.adapters[name] = adapter
     return adapter
 

@@ -36,7 +36,7 @@ def plan_run(run: Run) -> dict[str, Any]:
     with torch.device("meta"):
         model = Llama(load_config(path)).to(dtype)
     model.requires_grad_(False)
-    adapter = attach(model, run.adapter, seed=run.train.seed)
+    adapter = attach(model, run.adapter, seed=run.train.seed, encode=tokenizer.encode)
     check_precision(adapter)
     job, why = memory_job(run, model, adapter, data, device)
     steps = make_plan(

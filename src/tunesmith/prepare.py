@@ -196,7 +196,7 @@ def resolve(run: Run, loaded: Loaded, pack_tokens: int, kernels: str) -> Run:
 
 def attach_adapter(run: Run, loaded: Loaded, name: str = "default") -> Adapter:
     """Attach the run's method to the loaded model."""
-    adapter = attach(loaded.model, run.adapter, name, run.train.seed)
+    adapter = attach(loaded.model, run.adapter, name, run.train.seed, loaded.tokenizer.encode)
     loaded.adapters[name] = adapter
     return adapter
 

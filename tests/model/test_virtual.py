@@ -131,8 +131,8 @@ def test_a_batch_that_does_not_say_where_prompts_end_is_refused_where_it_matters
 def test_answer_ends_and_infix_tokens_by_hand() -> None:
     told = [False, False, False, True, True, False, False, True]
     example = Example(np.arange(10, 18, dtype=np.int32), np.array(told), "x")
-    assert answer_ends(example, 9).tolist() == [3, 2, 1, 0, 0, 2, 1, 0]
-    assert answer_ends(example, 2).tolist() == [0, 2, 1, 0, 0, 2, 1, 0]
+    assert answer_ends(example, 9).tolist() == [3, 2, 1, -1, -1, 2, 1, -1]
+    assert answer_ends(example, 2).tolist() == [0, 2, 1, -1, -1, 2, 1, -1]
     assert with_infix(example, 2).ids.tolist() == [10, 11, 12, -1, -2, 13, 14, 15, 16, -1, -2, 17]
     assert with_infix(example, 2).supervised.tolist() == [*told[:3], False, False, *told[3:7], False, False, True]
     prompt = Example(np.arange(3, dtype=np.int32), np.zeros(3, bool), "x")
@@ -146,5 +146,5 @@ def test_what_is_edited_differently_is_not_shared() -> None:
     (plain,) = plan_packs([long, short], budget=100)
     (marked,) = plan_packs([long, short], budget=100, needs=Needs(ends=3))
     assert plain.layout.lengths[0] == 20 and marked.layout.lengths[0] == 17
-    assert marked.layout.answer_ends[marked.rows[1]].tolist() == [0] * 17 + [3, 2, 1, 0]
-    assert marked.layout.answer_ends[marked.rows[0]].tolist() == [0] * 19 + [3, 2, 1, 0]
+    assert marked.layout.answer_ends[marked.rows[1]].tolist() == [0] * 17 + [3, 2, 1, -1]
+    assert marked.layout.answer_ends[marked.rows[0]].tolist() == [0] * 19 + [3, 2, 1, -1]

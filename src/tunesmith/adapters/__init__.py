@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from tunesmith.adapters.base import Adapter, Delta, Method, Placement, install, uninstall
+from tunesmith.adapters import outside
+from tunesmith.adapters.base import Adapter, Delta, Method, Placement, Worded, install, uninstall
 from tunesmith.config import validate_section
 from tunesmith.errors import ConfigError, did_you_mean
 from tunesmith.model.llama import Llama
@@ -43,13 +44,23 @@ def find_method(kind: str) -> Method:
     return _methods()[kind]
 
 
-def attach(model: Llama, spec: Mapping[str, Any], name: str = "default", seed: int = 0) -> Adapter:
+def attach(
+    model: Llama,
+    spec: Mapping[str, Any],
+    name: str = "default",
+    seed: int = 0,
+    encode: Callable[[str], Sequence[int]] | None = None,
+) -> Adapter:
     """Attach the method `spec["kind"]` with its settings to `model`, under `name`; `seed` fixes its start.
 
-    Raises ConfigError for settings that the method does not know, AdapterError where they do not fit this model.
+    `encode` makes token ids of a text (`Tokenizer.encode`), for settings that hold one. Raises ConfigError for settings
+    that the method does not know, AdapterError where they do not fit this model.
     """
     method = find_method(str(spec.get("kind", "lora")))
-    return install(model, method, validate_section(method.settings, spec, "adapter"), name, seed)
+    settings: Any = validate_section(method.settings, spec, "adapter")
+    if encode is not None and isinstance(method, Worded):
+        settings = method.with_ids(settings, encode)
+    return install(model, method, settings, name, seed)
 
 
 def detach(model: Llama, adapter: Adapter) -> None:

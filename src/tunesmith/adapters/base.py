@@ -7,9 +7,9 @@ Adapter one method attached to one model under a name: what to train and what to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from tunesmith.errors import AdapterError, CannotMerge
 from tunesmith.model.llama import Llama
 from tunesmith.model.seam import Context, Seam
+
+T = TypeVar("T")
 
 
 class Delta(nn.Module):
@@ -108,6 +110,14 @@ class Exchangeable(Protocol):
 
 
 @runtime_checkable
+class Worded(Protocol):
+    """A method whose settings may hold a text, which it can use only as token ids."""
+
+    def with_ids(self, settings: Any, encode: Callable[[str], Sequence[int]]) -> Any:
+        """Return the settings with the ids of their text, without BOS. Raises AdapterError for a text without any."""
+
+
+@runtime_checkable
 class Stepwise(Protocol):
     """A method that acts on all of its deltas together while they are trained, as one that shares out ranks does."""
 
@@ -142,13 +152,14 @@ class Adapter:
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by a name that does not depend on the adapter's: "path.seam.PARAMETER"."""
-        own = {f"{place}.{key}": p for place, delta in self.deltas.items() for key, p in delta.named_parameters()}
-        return {**own, **self.base}
+        own = ((f"{place}.{key}", p) for place, delta in self.deltas.items() for key, p in delta.named_parameters())
+        return {**_once(own), **self.base}
 
     def state(self) -> dict[str, Tensor]:
         """Everything that must be saved to have this adapter again: parameters and buffers, detached, not copied."""
-        own = {f"{place}.{key}": t for place, delta in self.deltas.items() for key, t in delta.state_dict().items()}
-        return {**own, **{key: p.detach() for key, p in self.base.items()}}
+        held = ((place, delta.state_dict(keep_vars=True)) for place, delta in self.deltas.items())
+        own = _once((f"{place}.{key}", t) for place, tensors in held for key, t in tensors.items())
+        return {key: t.detach() for key, t in {**own, **self.base}.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor], where: str) -> None:
         """Copy `tensors` in. Raises AdapterError unless names and shapes are exactly those of `state`."""
@@ -186,6 +197,14 @@ class Adapter:
             self.method.after_step(self)
 
 
+def _once(named: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """Each of these by its first name: deltas may have a module in common."""
+    first: dict[int, tuple[str, T]] = {}
+    for name, value in named:
+        first.setdefault(id(value), (name, value))
+    return dict(first.values())
+
+
 def weight_path(place: str) -> str:
     """The path of the module whose weight a delta at `place` ("path.seam") edits the product of."""
     path = place.rpartition(".")[0]
@@ -202,6 +221,11 @@ def install(model: Llama, method: Method, settings: Any, name: str, seed: int) -
         torch.manual_seed(seed)
         placements = list(method.place(model, settings))
     base = {key: model.get_parameter(key) for key in method.unfreeze(model, settings)}
+    if held := [key for key, parameter in base.items() if not parameter.is_floating_point()]:
+        raise AdapterError(
+            f"{held[0]}: {method.kind} trains it, and it is quantized ({len(held)} weights are); set quant.kind=none, or "
+            "choose a method that trains none of the base's linears"
+        )
     if not placements and not base:
         raise AdapterError(f"adapter {name!r} ({method.kind}): its settings select nothing to train in this model")
     seams = {path: module for path, module in model.named_modules() if isinstance(module, Seam)}

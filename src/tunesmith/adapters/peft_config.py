@@ -19,6 +19,7 @@ from torch import Tensor
 from tunesmith.errors import AdapterError
 
 PREFIX = "base_model.model."
+PROMPT = "prompt_embeddings"  # the one key of PEFT's prompt methods, which stands without the prefix
 MAX_JSON = 16 << 20
 MAX_PATTERNS = 2000  # entries of a list or mapping of patterns
 _MAX_PATTERN = 1000  # characters

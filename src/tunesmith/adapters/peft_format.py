@@ -25,8 +25,17 @@ from tunesmith import __version__
 from tunesmith.adapters import Adapter, Method, attach, find_method, kinds
 from tunesmith.adapters.base import Exchangeable
 from tunesmith.adapters.model_card import model_card
-from tunesmith.adapters.peft_config import PREFIX, check_tensors, open_tensors, read_object, read_tensors, refuse_pickle
-from tunesmith.errors import AdapterError, CannotExchange, ConfigError, did_you_mean
+from tunesmith.adapters.peft_config import (
+    PREFIX,
+    PROMPT,
+    check_tensors,
+    open_tensors,
+    read_object,
+    read_tensors,
+    refuse_pickle,
+)
+from tunesmith.config import AttentionSettings, validate_section
+from tunesmith.errors import AdapterError, CannotExchange, ConfigError, ModelError, did_you_mean
 from tunesmith.files import atomic_save_safetensors, atomic_write_json, atomic_write_text
 from tunesmith.model.llama import Llama
 from tunesmith.model.seam import Seam
@@ -118,7 +127,7 @@ def exported(adapter: Adapter) -> tuple[dict[str, Any] | None, dict[str, Tensor]
             logger.info("adapter %r: %s; its file is Tunesmith's own", adapter.name, reason)
         else:
             config = {"peft_type": adapter.method.peft_type, "task_type": "CAUSAL_LM", **own}
-            return config, {f"{PREFIX}{key}": _plain(tensor) for key, tensor in tensors.items()}
+            return config, {key if key == PROMPT else f"{PREFIX}{key}": _plain(t) for key, t in tensors.items()}
     return None, {key: _plain(tensor) for key, tensor in adapter.state().items()}
 
 

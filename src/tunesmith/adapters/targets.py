@@ -51,7 +51,7 @@ def _select(
     else:
         wanted = matching(target, list(modules), where)
     if layers is not None:
-        _check_layers(model, layers, where)
+        check_layers(model, layers, where)
         wanted = {path for path in wanted if layer_of(path) in layers}
     if not wanted:
         raise AdapterError(f"{where}: target_modules and layers_to_transform together select no module")
@@ -115,7 +115,7 @@ def _ending(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
 
-def _check_layers(model: Llama, layers: Sequence[int], where: str) -> None:
+def check_layers(model: Llama, layers: Sequence[int], where: str) -> None:
     count = model.config.num_hidden_layers
     for layer in layers:
         if not 0 <= layer < count:

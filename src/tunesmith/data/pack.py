@@ -103,22 +103,30 @@ def plan_packs(
     """
     if needs.infix:
         examples = [with_infix(e, needs.infix) if len(e.ids) else e for e in examples]
+    marks = [answer_ends(e, needs.ends) for e in examples]
+    # What is edited differently is not the same token, so it is not shared: marks stand above the ids' 32 bits.
+    keys = [e.ids + (mark << 32) for e, mark in zip(examples, marks, strict=True)]
     indices = [i for i, e in enumerate(examples) if len(e.ids)]
     if share:  # neighbours share the most
-        indices.sort(key=lambda i: examples[i].ids.tolist())
-    groups = _divide(examples, indices, budget, max_rows, share)
-    return [_build(examples, group, share, device, needs.ends) for group in groups]
+        indices.sort(key=lambda i: keys[i].tolist())
+    groups = _divide(keys, indices, budget, max_rows, share)
+    return [_build(examples, keys, marks if needs.ends else None, group, share, device) for group in groups]
 
 
 def _build(
-    examples: Sequence[Example], indices: Sequence[int], share: bool, device: torch.device | str, ends: int
+    examples: Sequence[Example],
+    keys: Sequence[np.ndarray],
+    marks: Sequence[np.ndarray] | None,
+    indices: Sequence[int],
+    share: bool,
+    device: torch.device | str,
 ) -> Pack:
-    """Lay those examples out as one pack."""
+    """Lay those examples out as one pack; of equal `keys` is what may be shared."""
+    nodes = prefix_tree([keys[i] for i in indices], share)
+    told = None
+    if marks is not None:
+        told = np.concatenate([marks[indices[n.members[0]]][n.start : n.stop] for n in nodes])
     examples = [examples[i] for i in indices]
-    marks = [answer_ends(e, ends) for e in examples]
-    # What is edited differently is not the same token, so it is not shared: marks stand above the ids' 32 bits.
-    nodes = prefix_tree([e.ids + (mark << 32) for e, mark in zip(examples, marks, strict=True)], share)
-    told = np.concatenate([marks[n.members[0]][n.start : n.stop] for n in nodes]) if ends and nodes else None
     layout = Layout.of([n.stop - n.start for n in nodes], [n.parent for n in nodes], device, told)
     tokens = np.concatenate([examples[n.members[0]].ids[n.start : n.stop] for n in nodes]).astype(np.int64)
     rows = [np.zeros(len(e.ids), np.int64) for e in examples]
@@ -145,12 +153,17 @@ def with_infix(example: Example, infix: int) -> Example:
 
 
 def answer_ends(example: Example, most: int) -> np.ndarray:
-    """How far before the next answer each token stands, (n,): 1 is the prompt's last; 0: over `most`, or inside."""
+    """How far before the next answer each token stands, (n,): 1 is a prompt's last; 0: over `most`; -1: in an answer.
+
+    All 0 where `most` is 0: nobody asks.
+    """
+    if not most:
+        return np.zeros(len(example.ids), np.int64)
     at = _answers(example)
     place = np.arange(len(example.ids))
     following = np.searchsorted(at, place, side="right")
     ends = np.append(at, len(place) + most + 1)[following] - place
-    return np.where((ends > most) | example.supervised, 0, ends)
+    return np.where(example.supervised, -1, np.where(ends > most, 0, ends))
 
 
 def _answers(example: Example) -> np.ndarray:
@@ -172,14 +185,14 @@ def _targets(examples: Sequence[Example], rows: Sequence[np.ndarray]) -> tuple[n
 
 
 def _divide(
-    examples: Sequence[Example], indices: list[int], budget: int, max_rows: int | None, share: bool
+    keys: Sequence[np.ndarray], indices: list[int], budget: int, max_rows: int | None, share: bool
 ) -> Iterator[list[int]]:
     """Cut the order into runs of at most `budget` tokens and `max_rows` examples, as even as the order allows."""
-    whole = [len(examples[i].ids) for i in indices]
+    whole = [len(keys[i]) for i in indices]
     fresh = list(whole)
     if share:
         for at in range(1, len(indices)):
-            fresh[at] -= _common(examples[indices[at - 1]].ids, examples[indices[at]].ids)
+            fresh[at] -= _common(keys[indices[at - 1]], keys[indices[at]])
     packs = max(1, -(-sum(fresh) // budget))
     aim = min(budget, -(-sum(fresh) // packs) + max(fresh, default=0) // 2)
     first = 0
@@ -188,15 +201,15 @@ def _divide(
         while last < len(indices) and filled + fresh[last] <= aim and last - first != max_rows:
             filled += fresh[last]
             last += 1
-        while share and last > first + 1 and _tree_tokens(examples, indices[first:last]) > budget:
+        while share and last > first + 1 and _tree_tokens(keys, indices[first:last]) > budget:
             last -= 1  # `fresh` counts as shared what is too short for a node of its own
         yield indices[first:last]
         first = last
 
 
-def _tree_tokens(examples: Sequence[Example], indices: Sequence[int]) -> int:
+def _tree_tokens(keys: Sequence[np.ndarray], indices: Sequence[int]) -> int:
     """Tokens of the row that these examples make together."""
-    return sum(node.stop - node.start for node in prefix_tree([examples[i].ids for i in indices]))
+    return sum(node.stop - node.start for node in prefix_tree([keys[i] for i in indices]))
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.adapters.peft_config import PREFIX
+from tunesmith.adapters.peft_config import PREFIX, PROMPT
 from tunesmith.adapters.peft_format import AdapterInfo, changes_nothing, check_base
 from tunesmith.data.templates import from_dict
 from tunesmith.errors import TunesmithError
@@ -97,7 +97,7 @@ def keys_exact(e: Evidence) -> Check | None:
     """
     if e.tensors is None or e.info is None or not e.info.peft or e.info.identity is None:
         return None
-    bad = [key for key in e.tensors if not key.startswith((f"{PREFIX}model.", f"{PREFIX}lm_head."))]
+    bad = [key for key in e.tensors if key != PROMPT and not key.startswith((f"{PREFIX}model.", f"{PREFIX}lm_head."))]
     detail = f"{bad[0]} ({len(bad)} of {len(e.tensors)} keys) is no key that PEFT would find" if bad else "as PEFT's"
     return Check("keys", not bad, detail, SAVE_AGAIN)
 

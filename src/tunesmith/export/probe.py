@@ -114,14 +114,17 @@ def logits_at(model: Llama, probe: Probe, adapters: tuple[str, ...] | None) -> T
         )
     with evaluation_mode(model):
         parts = probe.tokens.numpy().astype(np.int32)
-        rows = [
-            Example(ids, np.zeros(len(ids), bool), "probe") for ids in np.split(parts, np.cumsum(probe.lengths)[:-1])
-        ]
+        rows = [_half(ids) for ids in np.split(parts, np.cumsum(probe.lengths)[:-1])]
         needs = model.needs(adapters)
         (pack,) = plan_packs(rows, budget=1 << 30, share=False, device=model.device, needs=needs)
         ctx = model.context(pack.layout, adapters=adapters)
         hidden = model.run(pack.tokens, ctx)[pack.tokens >= 0]  # the probe's own tokens, without an adapter's infix
         return model.logits(hidden[probe.positions.to(model.device)], ctx).cpu()
+
+
+def _half(ids: np.ndarray) -> Example:
+    """The ids as a prompt and its answer, so that what acts where a prompt ends is seen too."""
+    return Example(ids, np.arange(len(ids)) >= (len(ids) + 1) // 2, "probe")
 
 
 def made_with(model: Llama) -> dict[str, str]:

@@ -50,7 +50,7 @@ class Layout:
     """Segments of a flat row: `starts`, `lengths` and `parents` (-1: a root; a parent comes before its children).
 
     `answer_ends`, (tokens,): how far before an answer's first token a token stands (1: the prompt's last), 0 where that
-    is farther than the caller counted; None where nobody counted.
+    is farther than the caller counted, -1 in an answer; None where nobody counted.
     """
 
     starts: tuple[int, ...]

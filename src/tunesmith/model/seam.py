@@ -74,12 +74,12 @@ class Context:
         return positions if self.rows is None else positions[self.rows]
 
     def to_answer(self) -> Tensor:
-        """Of every row, how far before an answer's first token it stands: 1 is the prompt's last token; 0: not near.
+        """Of every row, how far before an answer's first token it stands: 1 is the prompt's last; -1: in an answer.
 
-        Counted up to the most that an attached delta asks for (`answer_ends`); 0 within answers.
+        Counted up to the most that an attached delta asks for (`answer_ends`); 0 beyond.
         """
         ends = self.layout.to_answer
-        found = torch.zeros_like(self.layout.positions) if ends is None else ends
+        found = torch.full_like(self.layout.positions, -1) if ends is None else ends  # nobody counted: an answer's step
         return found if self.rows is None else found[self.rows]
 
 
