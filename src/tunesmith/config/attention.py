@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from tunesmith.errors import did_you_mean
+from tunesmith.config.validate import shown, validate_section
+from tunesmith.errors import ConfigError
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -69,9 +70,13 @@ class AttentionSettings:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def known_keys(value: Any) -> Any:
-    """Refuse a mapping with a key that is none of the settings, by its name."""
-    for key in value if isinstance(value, dict) else ():
-        if key not in AttentionSettings.__dataclass_fields__:
-            raise ValueError(f"{key}: unknown key{did_you_mean(str(key), AttentionSettings.__dataclass_fields__)}")
-    return value
+def read_attention(value: Any) -> Any:
+    """A mapping as settings; what is wrong with it as a ValueError, for the key that holds it."""
+    if value is None or isinstance(value, AttentionSettings):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"should be a mapping, such as {{pattern: local, window: 256}}, not {shown(value)}")
+    try:
+        return validate_section(AttentionSettings, value, "")
+    except ConfigError as error:
+        raise ValueError(str(error).removeprefix("configuration: ")) from None

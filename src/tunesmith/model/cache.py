@@ -142,7 +142,7 @@ class Cache:
             return seen
         heads = self.keys[0].shape[1]
         each = torch.arange(heads, device=slot.device)[:, None]
-        return seen[:, None] & pattern.sees(each, heads, query[:, None], slot[:, None])
+        return (seen[:, None] & pattern.sees(each, heads, query[:, None], slot[:, None])).expand(-1, heads, -1)
 
     def _attend_row(
         self, row: int, index: int, q: Tensor, window: int | None, pattern: Pattern | None = None

@@ -27,7 +27,7 @@ from tunesmith.model.fused import rms_norm, rotate, swiglu
 from tunesmith.model.layout import Layout
 from tunesmith.model.linear import Linear
 from tunesmith.model.seam import Context, Seam
-from tunesmith.model.sparse import Pattern
+from tunesmith.model.sparse import Pattern, evaluated
 from tunesmith.model.virtual import VIRTUAL, Needs, make_context
 
 HEAD_ROWS = 128  # rows of logits that exist at once: 128 x 49,152 in float32 are 25 MB, and more is no faster
@@ -182,10 +182,8 @@ class Llama(nn.Module):
         attention's probabilities.
         """
         ctx = make_context(self, layout, cache, adapters, routes)
-        pattern = self.pattern
-        if pattern is None or (pattern.training_only and not self.training):
-            return replace(ctx, dropout=dropout)
-        if cache is None:
+        pattern = self.pattern if self.training else evaluated(self.pattern)
+        if pattern is not None and cache is None:
             size, layers = self.config.sliding_window, self.config.window_layers
             pattern.prepare(ctx.layout, {size if i in layers else None for i in range(len(self.model.layers))})
         return replace(ctx, pattern=pattern, dropout=dropout)

@@ -27,9 +27,10 @@ from torch import Tensor, where
 
 from tunesmith.config.attention import AttentionSettings
 from tunesmith.errors import ModelError
-from tunesmith.model.layout import QUERY_BLOCK, Layout, Rule, Tile
+from tunesmith.model.layout import Layout, Rule, Tile
 
-LEAST_BLOCK = 32  # queries of a tile: fewer make the products too small to be fast
+# Queries of a tile: fewer make the products too small to be fast, more compute too much that is hidden.
+LEAST_QUERIES, MOST_QUERIES = 32, 128
 
 
 class _Cut:
@@ -61,7 +62,7 @@ class Window(_Cut):
 
     def spans(self, first: int, last: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """See `_Cut`."""
-        for begin, end in _pieces(first, last, self.size):
+        for begin, end in _pieces(first, last, self.size // 4):
             queries, lowest = np.arange(begin, end), max(0, begin - self.size + 1)
             low = np.maximum(queries - self.size + 1, 0) - lowest
             yield queries, np.arange(lowest, end), low, queries + 1 - lowest
@@ -117,9 +118,9 @@ class Columns(_Cut):
             yield queries, keys, np.zeros_like(queries), queries // self.size * self.count
 
 
-def _pieces(first: int, last: int, most: int = QUERY_BLOCK) -> Iterator[tuple[int, int]]:
-    """Cut [first, last) into pieces of at most QUERY_BLOCK, and of about `most` if that is not too little."""
-    step = min(max(most, LEAST_BLOCK), QUERY_BLOCK)
+def _pieces(first: int, last: int, most: int = MOST_QUERIES) -> Iterator[tuple[int, int]]:
+    """Cut [first, last) into pieces of at most `most`, within what a tile should have."""
+    step = min(max(most, LEAST_QUERIES), MOST_QUERIES)
     for begin in range(first, last, step):
         yield begin, min(begin + step, last)
 
@@ -247,6 +248,18 @@ def count_products(tiles: tuple[Tensor, ...]) -> int:
     """Scores that are computed for these tiles, hidden and padded ones included."""
     batches = zip(tiles[::3], tiles[1::3], strict=True)
     return sum(queries.numel() * keys.shape[1] for queries, keys in batches)
+
+
+def evaluated(pattern: Pattern | None) -> Pattern | None:
+    """The pattern that a model evaluates with."""
+    return None if pattern is None or pattern.training_only else pattern
+
+
+def said(pattern: Pattern | None) -> str:
+    """A pattern in words."""
+    if pattern is None:
+        return "full"
+    return ", ".join([pattern.name, *(f"{key} {value}" for key, value in pattern.settings.items() if key != "pattern")])
 
 
 def pattern_of(settings: AttentionSettings | None, kv_heads: int | None = None) -> Pattern | None:
