@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from tunesmith.adapters import outside
 from tunesmith.adapters.base import Adapter, Delta, Method, Placement, Worded, install, uninstall
 from tunesmith.config import validate_section
 from tunesmith.errors import ConfigError, did_you_mean
