@@ -12,8 +12,8 @@ from tests.laws.small import TINY, build, disturb, logits_of, sample_row
 from tunesmith.adapters import attach, find_method
 from tunesmith.adapters.lora import LoRADelta, LoRASettings, scale_of
 from tunesmith.errors import AdapterError, ConfigError
-from tunesmith.model.config import ModelConfig
 from tunesmith.model.llama import Llama
+from tunesmith.model.shapes import shape
 
 PATH = "model.layers.0.mlp.down_proj"
 PLACE = f"{PATH}.edit"
@@ -127,25 +127,38 @@ def test_lora_plus_is_the_rate_of_b() -> None:
     assert method.lr_scale(f"{PLACE}.B", settings) == 16 and method.lr_scale(f"{PLACE}.A", settings) == 1
 
 
-SMOLLM2 = ModelConfig("llama", 49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True)
-LLAMA_7B = ModelConfig("llama", 32000, 4096, 11008, 32, 32, 32, 128)
-LLAMA_70B = ModelConfig("llama", 32000, 8192, 28672, 80, 64, 8, 128)
+QV, QKVO = ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]
 COUNTS = [  # published counts, or of the LoRA formula sum r (in + out)
-    (SMOLLM2, 8, ["q_proj", "v_proj"], 460_800),
-    (SMOLLM2, 16, "all-linear", 4_884_480),
-    (LLAMA_7B, 8, ["q_proj", "v_proj"], 4_194_304),
-    (LLAMA_7B, 16, ["q_proj", "k_proj", "v_proj", "o_proj"], 16_777_216),
-    (LLAMA_7B, 64, "all-linear", 159_907_840),
-    (LLAMA_70B, 8, ["q_proj", "v_proj"], 16_384_000),
+    ("smollm2-135m", 8, QV, 460_800),
+    ("smollm2-135m", 16, "all-linear", 4_884_480),
+    ("llama-7b", 8, QV, 4_194_304),
+    ("llama-7b", 16, QKVO, 16_777_216),
+    ("llama-7b", 64, "all-linear", 159_907_840),
+    ("llama-7b", 256, "all-linear", 639_631_360),
+    ("llama-13b", 8, QV, 6_553_600),
+    ("llama-65b", 64, "all-linear", 799_539_200),
+    ("llama-2-70b", 8, QV, 16_384_000),
+    ("gpt3-shaped", 1, QV, 4_718_592),  # table 6 of the LoRA paper: 4.7M
+    ("gpt3-shaped", 8, QV, 37_748_736),  # 37.7M
 ]
 
 
-@pytest.mark.parametrize(("config", "rank", "targets", "count"), COUNTS)
-def test_counts(config: ModelConfig, rank: int, targets, count: int) -> None:
-    method = find_method("lora")
+@pytest.mark.parametrize(("name", "rank", "targets", "count"), COUNTS)
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_counts(name: str, rank: int, targets, count: int, init: str) -> None:
+    """On the meta device: nothing is allocated, and PiSSA's decomposition, which would take hours, is not made."""
     with torch.device("meta"):
-        placements = list(method.place(Llama(config), LoRASettings(rank=rank, target_modules=targets)))
-    assert sum(p.numel() for placed in placements for p in placed.delta.parameters()) == count
+        model = Llama(shape(name))
+    placements = list(find_method("lora").place(model, LoRASettings(rank=rank, target_modules=targets, init=init)))
+    held = [p for placed in placements for p in (*placed.delta.parameters(), *placed.delta.buffers())]
+    assert sum(p.numel() for p in held if isinstance(p, torch.nn.Parameter)) == count
+    assert all(p.is_meta for p in held)
+    assert sum(p.numel() for p in held) == count * (2 if init == "pissa" else 1)
+
+
+def test_file_size_of_the_7b() -> None:
+    """16.8 MB of float32 for rank 8 on q and v."""
+    assert 4 * COUNTS[2][3] / 1e6 == pytest.approx(16.8, abs=0.03)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +174,12 @@ def test_counts(config: ModelConfig, rank: int, targets, count: int) -> None:
         ({"target_modules": ["q_proj"], "alpha_pattern": {"v_proj": 2}}, "matches none"),
         ({"layers_to_transform": [2]}, "no layer 2"),
         ({"layers_to_transform": []}, "select no module"),
+        ({"target_modules": ["embed_tokens"], "layers_to_transform": [0]}, "select no module"),
+        ({"target_modules": ["embed_tokens"], "init": "pissa"}, "pissa has no start of rank 16 for model.embed_tokens"),
+        ({"target_modules": ["k_proj"], "init": "pissa"}, "pissa has no start of rank 16 .* at most 12"),
+        ({"target_modules": ["embed_tokens"], "train_embeddings": True}, "embed_tokens is trained whole"),
+        ({"target_modules": ["lm_head"], "train_embeddings": True}, "lm_head is trained whole"),
+        ({"target_modules": ["embed_tokens"], "train_head": True}, "embed_tokens is trained whole"),
     ],
 )
 def test_settings_that_cannot_be_meant(spec: dict, said: str) -> None:
