@@ -62,7 +62,7 @@ def test_greedy_answers_are_those_of_each_alone(model) -> None:
     settings = GenerationSettings(max_new_tokens=24)
     solo = alone(model, prompts, routes, settings, eos_ids=())
     eos = {solo[0].ids[3], solo[2].ids[9]}  # some end early and leave the batch
-    assert len({names for names in routes}) >= 5 and len({g.ids for g in solo}) == len(solo)
+    assert len(set(routes)) >= 5 and len({g.ids for g in solo}) == len(solo)
     for ends in ((), eos):
         expected = alone(model, prompts, routes, settings, eos_ids=ends)
         mixed = generate(model, prompts, settings, eos_ids=ends, routes=routes)

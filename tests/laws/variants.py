@@ -55,4 +55,15 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
         {"variant": "noreft", "rank": 2, "last_positions": 0},
         {"variant": "direft", "first_positions": 0, "last_positions": 3, "layers_to_transform": [1]},
     ],
+    "mixed": [
+        {"parts": [{"kind": "prefix", "virtual_tokens": 3}, {"kind": "lora", "rank": 2}]},
+        {"parts": [{"kind": "ia3"}, {"kind": "lora", "rank": 2}, {"kind": "bottleneck"}, {"kind": "reft"}]},
+        {"parts": [{"kind": "norms"}, {"kind": "lora", "rank": 2}]},
+        {
+            "parts": [
+                {"kind": "adalora", "init_rank": 3, "target_rank": 2, "total_steps": 4, "deltaT": 1},
+                {"kind": "lora", "rank": 2, "target_modules": ["q_proj"]},
+            ]
+        },
+    ],
 }

@@ -9,14 +9,16 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+from tunesmith.adapters import outside
 from tunesmith.adapters.base import Adapter, Delta, Method, Placement, Worded, install, uninstall
 from tunesmith.config import validate_section
 from tunesmith.errors import ConfigError, did_you_mean
 from tunesmith.model.llama import Llama
 
-__all__ = ["Adapter", "Delta", "Method", "Placement", "attach", "detach", "find_method", "kinds"]
+__all__ = ["Adapter", "Delta", "Method", "Placement", "attach", "detach", "find_method", "kinds", "open_method"]
 
 
 @cache
@@ -30,17 +32,43 @@ def _methods() -> dict[str, Method]:
 
 
 def kinds() -> list[str]:
-    """The names of all methods."""
-    return sorted(_methods())
+    """The names of all methods, those of opened files included."""
+    return sorted({**_methods(), **outside.opened()})
 
 
 def find_method(kind: str) -> Method:
-    """The method called `kind`. Raises ConfigError with the nearest name."""
-    if kind not in _methods():
+    """The method called `kind`. Raises ConfigError with the nearest name, and for a file that nobody opened."""
+    found = _methods().get(kind) or outside.opened().get(kind)
+    if found is None and outside.is_file(kind):
+        found = outside.opened_at(kind)
+        if found is None:
+            raise ConfigError(
+                f"adapter.kind: {kind[:120]!r} is a file, and a file that a run or an adapter names is never opened; "
+                "if you trust it, name it yourself: --method-file FILE.py"
+            )
+    if found is None:
         raise ConfigError(
-            f"adapter.kind: there is no method {kind!r}{did_you_mean(kind, kinds())}; there are {', '.join(kinds())}"
+            f"adapter.kind: there is no method {kind!r}{did_you_mean(kind, kinds())}; there are {', '.join(kinds())}; "
+            "one in a file of its own is given with --method-file FILE.py"
         )
-    return _methods()[kind]
+    return found
+
+
+def open_method(path: str | Path) -> Method:
+    """Run a Python file that the user named and make its METHOD known by its kind. Raises ConfigError.
+
+    A relative path counts from where the command is run. Never call it with what a run folder or an adapter says.
+    """
+    return outside.open_method(path, _methods())
+
+
+def open_named(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Open the files that the settings under `adapter:`, as the user gave them, name as a `kind`.
+
+    Returns the settings with the methods' own kinds: what is saved names no file. Raises ConfigError.
+    """
+    names = {kind: open_method(kind).kind for kind in outside.kinds_in(spec) if outside.is_file(kind)}
+    return outside.with_names(spec, names) if names else spec
 
 
 def attach(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from tunesmith.cli.methods import MethodFiles, is_of_run, open_files, with_own_methods
 from tunesmith.cli.shell import app, command, console, note, out, out_json
 from tunesmith.errors import CheckpointError, ConfigError, did_you_mean
 
@@ -61,6 +62,7 @@ def train(
     epochs: Epochs = None,
     learning_rate: LearningRate = None,
     resume: Resume = None,
+    method_file: MethodFiles = None,
 ) -> None:
     """Train an adapter, verify what was saved, and print the run folder.
 
@@ -69,6 +71,7 @@ def train(
     tunesmith train config.yaml train.epochs=3 adapter.rank=16
     tunesmith train --resume runs/NAME
     """
+    open_files(method_file)
     run = read_run(
         words or [],
         {
@@ -91,8 +94,15 @@ command(app, "finetune", cls=_TrainCommand, help="The same as train.")(train)
 
 
 @command(app, "plan")
-def plan(words: Words = None, model: Model = None, data: Data = None, json: Json = False) -> None:
+def plan(
+    words: Words = None,
+    model: Model = None,
+    data: Data = None,
+    method_file: MethodFiles = None,
+    json: Json = False,
+) -> None:
     """Print what a run would need and do, without training: memory, steps, tokens, what is trained."""
+    open_files(method_file)
     run = read_run(words or [], {"model.path": model, "data.train": data})
     from tunesmith import api
 
@@ -117,10 +127,15 @@ def demo(
 
 
 def read_run(words: list[str], flags: dict[str, Any]) -> Run:
-    """Return the run that a command's words and flags describe; its notes go to stderr. Raises ConfigError."""
+    """Return the run that a command's words and flags describe; its notes go to stderr. Raises ConfigError.
+
+    A file that they name as `adapter.kind` is opened, but never one that a run folder's own configuration names.
+    """
     config, overrides = split_words(words)
+    own = config is None or not is_of_run(config)
     if config is None and (resume := flags.get("train.resume")) is not None:
         config = _config_of_resumed(resume, any(flags.get(key) for key in ("model.path", "data.train")))
+        own = config is None
     if config is None and not overrides and not any(flags.values()):
         raise ConfigError(
             "nothing to train: give a YAML file, or --model NAME and --data FILE; 'tunesmith demo' shows a whole run"
@@ -130,7 +145,7 @@ def read_run(words: list[str], flags: dict[str, Any]) -> Run:
     run, notes = load_run(config, overrides, flags)
     for line in notes:
         note(f"note: {line}")
-    return run
+    return with_own_methods(run) if own else run
 
 
 def split_words(words: list[str]) -> tuple[Path | None, list[str]]:

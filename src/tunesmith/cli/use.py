@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tunesmith.cli.methods import MethodFiles, open_files
 from tunesmith.cli.shell import app, command, console, note, out, out_json
 from tunesmith.errors import ConfigError, DataError, GenerationError
 
@@ -60,6 +61,7 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print a JSON line for each prompt.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    method_file: MethodFiles = None,
 ) -> None:
     """Answer prompts from --prompt, --file or stdin, with a model or an adapter and its own template.
 
@@ -74,6 +76,7 @@ def generate(
     if stream and (json or (beams or 1) > 1):
         raise GenerationError(f"--stream cannot act with {'--json' if json else '--beams'}; leave one of them out")
     base, adapters = what_to_load(target, model, adapter)
+    open_files(method_file)
     prompts = read_prompts(prompt or [], file)
     live = not json and (beams or 1) == 1 and (sys.stdout.isatty() if stream is None else stream)
     from tunesmith import api
@@ -105,6 +108,7 @@ def chat(
     seed: Seed = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    method_file: MethodFiles = None,
 ) -> None:
     """Talk with a model or an adapter; /help inside lists what can be changed on the way."""
     settings = given(
@@ -112,6 +116,7 @@ def chat(
         repetition_penalty=repetition_penalty, stop=stop or None, seed=seed, system=system,
     )  # fmt: skip
     base, adapters = what_to_load(target, model, adapter)
+    open_files(method_file)
     from tunesmith import api
 
     api.chat(api.load(base, dtype=dtype, device=device, adapter=adapters), use=use, console=console(), **settings)
@@ -127,8 +132,10 @@ def merge(
     dtype: Annotated[str, typer.Option("--dtype", help="Precision written; auto is the base's own.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Write a merge that lost much, or over a folder.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    method_file: MethodFiles = None,
 ) -> None:
     """Fold an adapter into its base, and report how much of it survived rounding."""
+    open_files(method_file)
     from tunesmith import api
 
     report = api.merge(target, base=base, out=destination, dtype=dtype, force=force)

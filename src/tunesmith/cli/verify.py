@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tunesmith.cli.methods import MethodFiles, open_files
 from tunesmith.cli.shell import app, command, console, out, out_json
 
 
@@ -17,8 +18,10 @@ def verify(
         str | None, typer.Option("--base", help="Base model; without it, the one the adapter names.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    method_file: MethodFiles = None,
 ) -> None:
     """Prove that a saved adapter does what was trained: keys, base, template, logits. Exit code 4 if it does not."""
+    open_files(method_file)
     from tunesmith import api
 
     report = api.verify_path(path, base=base)
@@ -47,9 +50,11 @@ def evaluate(
     split: Annotated[str, typer.Option("--split", help="train, valid or test, where the data has them.")] = "test",
     rows: Annotated[int | None, typer.Option("--rows", min=1, help="Use only the first rows.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    method_file: MethodFiles = None,
 ) -> None:
     """Measure a run, an adapter or a model on data: eval_loss, accuracy and other metrics."""
     names = [name.strip() for word in metrics or [] for name in word.split(",") if name.strip()]
+    open_files(method_file)
     from tunesmith import api
 
     report = api.evaluate(target, data=data, metrics=names, base=base, split=split, rows=rows, console=console())

@@ -153,16 +153,20 @@ def merged_weights(
 
 def _folded(model: Llama, adapter: Adapter) -> Iterator[tuple[str, Tensor | None, Tensor]]:
     """Yield (name, W, W + D) of every weight, and (name, None, b) of every bias, that the adapter changes."""
-    for place, delta in adapter.deltas.items():
-        path = weight_path(place)
+    on: dict[str, list[str]] = {}  # a Linear may be edited at its output and, by another part, at its input
+    for place in adapter.deltas:
+        on.setdefault(weight_path(place), []).append(place)
+    for path, places in on.items():
         host = model.get_submodule(path)
         weight, bias = getattr(host, "weight", None), getattr(host, "bias", None)
         if not isinstance(weight, Tensor):
             raise CannotMerge(
-                f"{place}: {adapter.kind} acts where there is no weight: keep the adapter beside its base"
+                f"{places[0]}: {adapter.kind} acts where there is no weight: keep the adapter beside its base"
             )
         wide = weight.detach().double()  # so that W + D - W gives D back
-        new, shift = delta.fold(wide, None if bias is None else bias.detach().double())
+        new, shift = wide, None if bias is None else bias.detach().double()
+        for place in places:
+            new, shift = adapter.deltas[place].fold(new, shift)
         yield f"{path}.weight", wide, new.detach()
         if shift is not None:
             yield f"{path}.bias", None, shift.detach()

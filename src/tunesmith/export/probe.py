@@ -59,9 +59,9 @@ def write_probe(
         "lengths": torch.tensor(probe.lengths),
         "live": live,
     }
-    base = logits_at(model, probe, ())
-    if not torch.equal(base, live):  # equal: the method trained the base itself, which is gone (or it changes nothing)
-        tensors["base"] = base
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if not any(parameters[name].requires_grad for name in model.config.weight_shapes()):  # trained: the base is gone
+        tensors["base"] = logits_at(model, probe, ())
     atomic_save_safetensors(Path(folder) / PROBE, tensors, made_with(model))
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tunesmith.adapters import open_method
 from tunesmith.adapters.peft_format import load_adapter
 from tunesmith.errors import TunesmithError, VerificationError
 from tunesmith.export.probe import Probe, logits_at, read_probe
@@ -26,13 +27,17 @@ from tunesmith.model.load import load_model
 
 @dataclass(frozen=True)
 class Request:
-    """What to load: the base model's files, the adapter folder, in which dtype, where, with how many threads."""
+    """What to load: the base model's files, the adapter folder, in which dtype, where, with how many threads.
+
+    `methods` are Python files that the user named to this process, and that the fresh one may therefore open.
+    """
 
     base: str
     adapter: str
     dtype: str
     device: str
     threads: int
+    methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Answer:
 
 def replay(request: Request, probe: Probe) -> Answer:
     """Load the base, compute; load the adapter, compute again. Raises TunesmithError for what does not load."""
+    for file in request.methods:
+        open_method(file)
     dtype = getattr(torch, request.dtype)
     model = load_model(Path(request.base), dtype=dtype, device=request.device)
     bare = logits_at(model, probe, ())

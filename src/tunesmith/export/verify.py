@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from tunesmith import __version__
+from tunesmith.adapters.outside import opened_files
 from tunesmith.adapters.peft_config import read_tensors
 from tunesmith.adapters.peft_format import read_info
 from tunesmith.config.source import read as read_yaml
@@ -150,7 +151,8 @@ def _request(base: Path, adapter: Path, probe: Probe | None, dtype: Any) -> Requ
     if device.startswith("cuda") and not torch.cuda.is_available():
         device = "cpu"
     threads = int(made.get("threads", torch.get_num_threads()))
-    return Request(str(base), str(adapter), made.get("dtype", "float32"), device, threads)
+    methods = tuple(map(str, opened_files()))
+    return Request(str(base), str(adapter), made.get("dtype", "float32"), device, threads, methods)
 
 
 def _try(work: Callable[[], T]) -> tuple[T | None, str | None]:
