@@ -23,14 +23,16 @@ from tunesmith import adapters as methods
 from tunesmith import inference
 from tunesmith.adapters import Adapter
 from tunesmith.adapters.peft_format import AdapterInfo, load_adapter, read_info
-from tunesmith.config import DataSection, ModelSection, Run, load_run
+from tunesmith.config import DataSection, ModelSection, QuantSection, Run, load_run, validate_section
 from tunesmith.data.encode import encode_prompt
 from tunesmith.data.schemas import chat_row
 from tunesmith.data.segments import Template
 from tunesmith.data.templates import from_dict, get_template
 from tunesmith.errors import AdapterError, ConfigError, TokenizerError, did_you_mean
 from tunesmith.inference.sample import GenerationSettings
+from tunesmith.model.quantize import quant_of, spec_of
 from tunesmith.prepare import Loaded, held_out_rows, load_base, load_data, template_for
+from tunesmith.quant.storage import Spec
 from tunesmith.workflow import Outcome, train_run
 
 if TYPE_CHECKING:
@@ -58,12 +60,13 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     adapter: str | Path | Mapping[str, str | Path] | None = None,
+    quant: str | Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Load a base model (catalog or hub name, folder, .gguf), a run folder or an adapter folder with its base.
 
     `adapter`: a path, or several by name. Tokenizer and template are checked against those the adapter was trained
-    with; `auto` is the precision that a run was trained in. Raises CatalogError, ModelError, TokenizerError,
-    AdapterError.
+    with; `auto` is the precision that a run was trained in. `quant`: kind or settings of section quant; None is what
+    the adapter was trained on. Raises CatalogError, ModelError, TokenizerError, AdapterError.
     """
     named = {"default": Path(adapter)} if isinstance(adapter, str | Path) else _paths(adapter)
     if name is not None and (own := adapter_folder(Path(name))) is not None:
@@ -75,7 +78,8 @@ def load(
     if trained is not None:
         dtype = trained.dtype if dtype == "auto" else dtype
         revision = revision or (trained.revision if trained.path == base else None)
-    loaded = load_base(ModelSection(path=base, revision=revision, dtype=dtype, device=device))  # type: ignore[arg-type]
+    section = ModelSection(path=base, revision=revision, dtype=dtype, device=device)  # type: ignore[arg-type]
+    loaded = load_base(section, _quant(quant, infos))
     for key, info in infos.items():
         loaded.adapters[key] = load_adapter(info.folder, loaded.model, key, identity=loaded.identity)
         template = _template_of(info, loaded)
@@ -108,7 +112,8 @@ def train(loaded: Loaded, data: str | Path, *, console: Console | None = None, *
         raise ConfigError('train: nothing is attached; call attach(loaded, "lora") first')
     adapter = loaded.adapters["default"]
     flags = {_SHORT.get(key, key.replace("__", ".")): value for key, value in settings.items()}
-    run, _ = load_run(None, [], {"model.path": loaded.name, "data.train": str(data), **flags})
+    attention = loaded.model.pattern and {"model.attention": dict(loaded.model.pattern.settings)}
+    run, _ = load_run(None, [], {"model.path": loaded.name, "data.train": str(data), **(attention or {}), **flags})
     run = replace(run, adapter={"kind": adapter.kind, **_settings(adapter)})
     return train_run(run, console or _console(), loaded)
 
@@ -328,6 +333,15 @@ def _trained_as(adapters: Mapping[str, Path]) -> ModelSection | None:
 
 def _paths(adapters: Mapping[str, str | Path] | None) -> dict[str, Path]:
     return {key: Path(path) for key, path in (adapters or {}).items()}
+
+
+def _quant(asked: str | Mapping[str, Any] | None, infos: Mapping[str, AdapterInfo]) -> Spec | None:
+    """How to hold the base's linears: as asked, else as all of these adapters knew them, else dense."""
+    if asked is not None:
+        said = {"kind": asked} if isinstance(asked, str) else dict(asked)
+        return spec_of(validate_section(QuantSection, said, "quant"))
+    known = {quant_of(info.identity, str(info.folder)) for info in infos.values()}
+    return known.pop() if len(known) == 1 else None
 
 
 def _base_of(infos: Mapping[str, AdapterInfo]) -> str:

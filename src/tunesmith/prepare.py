@@ -25,6 +25,9 @@ from tunesmith.hardware import recommended_dtype
 from tunesmith.model.llama import Llama
 from tunesmith.model.load import load_config, load_model, model_identity
 from tunesmith.model.native import built
+from tunesmith.model.quantize import spec_of, weight_bytes
+from tunesmith.model.sparse import pattern_of
+from tunesmith.quant.storage import Spec
 from tunesmith.tokenizer import Tokenizer, check_fits, load_tokenizer
 from tunesmith.train.memory import (
     LINEARS,
@@ -65,16 +68,27 @@ class Data:
     fingerprint: str
 
 
-def load_base(section: ModelSection) -> Loaded:
-    """Resolve, check and load a base model. Raises CatalogError, ModelError, TokenizerError, OutOfMemory."""
+def load_base(section: ModelSection, quant: Spec | None = None) -> Loaded:
+    """Resolve, check and load a base model, with its sparse attention, its linears quantized as `quant` says.
+
+    Raises CatalogError, ModelError, TokenizerError, OutOfMemory.
+    """
     path = resolve_model(section.path, revision=section.revision)
     device = choose_device(section.device)
     dtype = choose_dtype(section.dtype, device)
     tokenizer = load_tokenizer(path)
-    check_weights_fit(load_config(path), dtype, device)
-    model = load_model(path, dtype=dtype, device=device)
+    check_weights_fit(load_config(path), dtype, device, None if quant is None else quant.bits)
+    model = load_model(path, dtype=dtype, device=device, quant=quant)
+    model.pattern = pattern_of(section.attention, model.config.num_key_value_heads)
     check_fits(tokenizer, model.config)
-    return Loaded(section.path, path, model, tokenizer, model_identity(path), section.revision)
+    return Loaded(section.path, path, model, tokenizer, model_identity(path, quant), section.revision)
+
+
+def base_for(run: Run, loaded: Loaded | None = None) -> Loaded:
+    """The run's base (`loaded`, if it is there already) with the run's attention."""
+    loaded = loaded or load_base(base_of(run), spec_of(run.quant))
+    loaded.model.pattern = pattern_of(run.model.attention, loaded.model.config.num_key_value_heads)
+    return loaded
 
 
 def base_of(run: Run) -> ModelSection:
@@ -215,7 +229,7 @@ def memory_job(
         trainable=sum(p.numel() for p in adapter.trainable.values()),
         pack_tokens=run.train.pack_tokens or 0,
         of_base=sum(p.numel() for p in adapter.base.values()),
-        weight_bytes=size,
+        weight_bytes=weight_bytes(model, spec_of(run.quant)),
         activation_bytes=size,
         targets=frozenset(place.split(".")[-2] for place in adapter.deltas) or frozenset(LINEARS),
         rank=int(getattr(adapter.settings, "rank", 0)),

@@ -33,13 +33,13 @@ from tunesmith.files import atomic_folder, atomic_write_json, atomic_write_text,
 from tunesmith.inference.generate import generate
 from tunesmith.inference.sample import GenerationSettings
 from tunesmith.model.native import select
+from tunesmith.model.quantize import held_weights
 from tunesmith.prepare import (
     Data,
     Loaded,
     attach_adapter,
-    base_of,
+    base_for,
     check_precision,
-    load_base,
     load_data,
     memory_job,
     resolve,
@@ -48,7 +48,7 @@ from tunesmith.prepare import (
     template_for,
 )
 from tunesmith.train.checkpoint import latest_checkpoint, seed_everything
-from tunesmith.train.guards import check_tokenizer_ids, explain_nonfinite
+from tunesmith.train.guards import check_prompts, check_tokenizer_ids, explain_nonfinite
 from tunesmith.train.log import MetricsFile, Progress, check_trackers, open_trackers
 from tunesmith.train.loop import Plan, Trainer, make_plan, read_checkpoint
 from tunesmith.train.memory import GIB, MemoryPlan, peak_memory
@@ -83,12 +83,14 @@ def train_run(run: Run, console: Console, loaded: Loaded | None = None) -> Outco
     if checkpoint is not None:
         run = as_begun(run, folder)
     _check_names(run)
-    loaded = loaded or load_base(base_of(run))
+    loaded = base_for(run, loaded)
     loaded.template = template_for(run, loaded.tokenizer)
     data = load_data(run, loaded.tokenizer, loaded.template)
     _check_data(run, loaded, data, console)
     adapter = loaded.adapters.get("default") or attach_adapter(run, loaded)
     check_precision(adapter)
+    if line := check_prompts(adapter.kind, loaded.model.needs((adapter.name,)), data.train.examples):
+        _say(console, f"train: {line}")
     job, why = memory_job(run, loaded.model, adapter, data)
     planned = plan_memory(job)
     kernels, which = select(run.train.kernels)
@@ -97,7 +99,8 @@ def train_run(run: Run, console: Console, loaded: Loaded | None = None) -> Outco
     run = resolve(replace(run, name=folder.name), loaded, job.pack_tokens, kernels)
     plan = _steps(run, adapter, data)
     trainable = sum(p.numel() for p in adapter.trainable.values())
-    total = sum(p.numel() for p in loaded.model.parameters())
+    total = sum(p.numel() for p in loaded.model.parameters() if p.is_floating_point())
+    total += held_weights(loaded.model)
     _say(console, f"{adapter.kind}: {trainable:,} trainable of {total:,} parameters ({trainable / total:.2%})")
     if checkpoint is None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -378,6 +381,7 @@ def save_run_adapter(run: Run, loaded: Loaded, adapter: Adapter, data: Data, fol
             template=loaded.template.to_dict(),
             tokenizer=loaded.tokenizer.fingerprint(),
             notes=_notes(run, data),
+            attention=loaded.model.pattern.settings if loaded.model.pattern else None,
         )
         loaded.tokenizer.save(target)
     examples = (data.valid or data.train).examples

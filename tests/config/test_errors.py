@@ -68,10 +68,21 @@ IN_YAML = {
     "two aliases": ("cutoff_len: 3\nmax_length: 3", r"data\.cutoff: set twice, by 'cutoff_len' .* by 'max_length' .*"),
     "shorthand and its key": ("model.path: x", r"model\.path: set twice, by 'model' .* and by 'model\.path' .*"),
     "key twice": ("seed: 1\nseed: 1", r"seed: given twice \(config\.yaml line 4, first on line 3\); keep one"),
-    "8 bits": ("load_in_8bit: true", rf"load_in_8bit: quantized bases are not there yet {L3}; .* bfloat16"),
-    "4 bits": ("load_in_4bit: true", r"load_in_4bit: quantized bases are not there yet .*"),
-    "4-bit type": ("bnb_4bit_quant_type: nf4", r"bnb_4bit_quant_type: quantized bases are not there yet .*"),
-    "double quantization": ("bnb_4bit_use_double_quant: true", r"bnb_4bit_use_double_quant: quantized .*"),
+    "8 bits and 4": (
+        "load_in_8bit: true\nload_in_4bit: true",
+        r"quant\.kind: set twice, by load_in_4bit \(config\.yaml line 4\) and load_in_8bit .*; keep one",
+    ),
+    "4 bits and a kind": (
+        "load_in_4bit: true\nquant: int8",
+        r"quant\.kind: set twice, by load_in_4bit .* and quant .*",
+    ),
+    "4 bits of a number": ("load_in_4bit: 4", rf"load_in_4bit: should be true or false, not 4 {L3}"),
+    "unknown 4-bit type": (
+        "load_in_4bit: true\nbnb_4bit_quant_type: nf5",
+        r"quant\.kind: should be 'none', 'nf4', .* not 'nf5'; did you mean 'nf[432]'\? \(config\.yaml line 4\)",
+    ),
+    "4-bit arithmetic": ("bnb_4bit_compute_dtype: bfloat16", r"bnb_4bit_compute_dtype: .*; write model\.dtype, .*"),
+    "block of 50": ("quant: {block_size: 50}", r"quant\.block_size: should be a multiple of 8, not 50 .*"),
     "accumulation alone": (
         "gradient_accumulation_steps: 4",
         rf"gradient_accumulation_steps 4 {L3} needs micro_batch_size .*",
@@ -123,7 +134,7 @@ def test_yaml_is_answered_with_key_line_and_cure(tmp_path, text, pattern):
         ("train.epoch=1", r"train\.epoch: unknown key \(override train\.epoch=1\); did you mean 'epochs'\?"),
         ("data.labels=[a", r"override data\.labels=\[a: not valid YAML"),
         ("train.=1", r"train\.: unknown key"),
-        ("load_in_4bit=true", r"load_in_4bit: quantized bases are not there yet \(override load_in_4bit=true\)"),
+        ("load_in_4bit=yes", r"load_in_4bit: should be true or false, not 'yes' \(override load_in_4bit=yes\)"),
     ],
 )
 def test_an_override_is_answered_with_the_override(tmp_path, override, pattern):

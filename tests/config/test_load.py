@@ -50,7 +50,10 @@ SPELLINGS = [
     ("report_to", "[wandb, tensorboard]", "log.report_to", ("wandb", "tensorboard")),
     ("report_to", "none", "log.report_to", ()),
     ("seed", 7, "train.seed", 7),
-    ("load_in_8bit", "false", "model.dtype", "auto"),
+    ("load_in_8bit", "false", "quant.kind", "none"),
+    ("load_in_8bit", "true", "quant.kind", "llm-int8"),
+    ("load_in_4bit", "true", "quant.kind", "nf4"),
+    ("quant", "nf3", "quant.kind", "nf3"),
 ]
 
 
@@ -177,3 +180,12 @@ def test_no_file_is_needed():
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="nothere.yaml: no such configuration file"):
         load_run(tmp_path / "nothere.yaml")
+
+
+def test_what_4_bits_means_counts_only_beside_it(load):
+    run, notes = load(
+        "model: m\ndata: d\nload_in_4bit: true\nbnb_4bit_quant_type: fp4\nbnb_4bit_use_double_quant: false"
+    )
+    assert (run.quant.kind, run.quant.double_quant, notes) == ("fp4", False, [])
+    run, notes = load("model: m\ndata: d\nload_in_4bit: false\nbnb_4bit_quant_type: fp4")
+    assert run.quant.kind == "none" and notes == ["bnb_4bit_quant_type: nothing to do: load_in_4bit is not true"]

@@ -223,8 +223,8 @@ def install(model: Llama, method: Method, settings: Any, name: str, seed: int) -
     base = {key: model.get_parameter(key) for key in method.unfreeze(model, settings)}
     if held := [key for key, parameter in base.items() if not parameter.is_floating_point()]:
         raise AdapterError(
-            f"{held[0]}: {method.kind} trains it, and it is quantized ({len(held)} weights are); set quant.kind=none, or "
-            "choose a method that trains none of the base's linears"
+            f"{held[0]}: {method.kind} trains it, and it is quantized ({len(held)} weights are); set quant.kind=none, "
+            "or choose a method that trains none of the base's linears"
         )
     if not placements and not base:
         raise AdapterError(f"adapter {name!r} ({method.kind}): its settings select nothing to train in this model")

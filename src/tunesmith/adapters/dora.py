@@ -58,7 +58,8 @@ class DoRADelta(LoRADelta):
     def forward(self, value: Tensor, host: nn.Module, ctx: Context, given: Tensor) -> Tensor:
         """value (tokens, out) and the Linear's input `given` (tokens, in) -> (tokens, out)."""
         y = super().forward(value, host, ctx, given)
-        ratio = self.magnitude / self.norms(host.get_parameter("weight"))
+        weight = host.dense_weight() if isinstance(host, Linear) else host.get_parameter("weight")
+        ratio = self.magnitude / self.norms(weight)
         # Not y * ratio: rounded to bfloat16, 1 + e loses a small e. At the start the ratio is exactly 1.
         return torch.addcmul(y, y, (ratio - 1).to(y.dtype))
 
@@ -77,8 +78,8 @@ class DoRA(LoRA):
 
     def delta(self, linear: Linear, rank: int, scale: float, settings: LoRASettings) -> LoRADelta:
         """The delta on one linear, as it starts."""
-        A, B, _ = start_of(linear.weight, rank, scale, settings.init)
-        return DoRADelta(A, B, scale, settings.dropout, linear.weight)
+        A, B, _ = start_of(linear.dense_weight(), rank, scale, settings.init)
+        return DoRADelta(A, B, scale, settings.dropout, linear.dense_weight())
 
     def check(self, model: Llama, settings: LoRASettings, targets: Mapping[str, nn.Module]) -> None:
         """LoRA's, and nothing on the embedding."""

@@ -167,7 +167,7 @@ class LoRA:
 
     def delta(self, linear: Linear, rank: int, scale: float, settings: LoRASettings) -> LoRADelta:
         """The delta on one linear, as it starts."""
-        A, B, start = start_of(linear.weight, rank, scale, settings.init)
+        A, B, start = start_of(linear.dense_weight(), rank, scale, settings.init)
         return LoRADelta(A, B, scale, settings.dropout, start)
 
     def unfreeze(self, model: Llama, settings: LoRASettings) -> Iterator[str]:

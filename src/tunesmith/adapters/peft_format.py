@@ -39,6 +39,7 @@ from tunesmith.errors import AdapterError, CannotExchange, ConfigError, ModelErr
 from tunesmith.files import atomic_save_safetensors, atomic_write_json, atomic_write_text
 from tunesmith.model.llama import Llama
 from tunesmith.model.seam import Seam
+from tunesmith.model.sparse import evaluated, pattern_of, said
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NATIVE, OWN_WEIGHTS = "tunesmith.json", "adapter.safetensors"
@@ -52,7 +53,8 @@ class AdapterInfo:
 
     `settings` are the method's as trained (or PEFT's, for a folder of another tool), `identity` is that of its base
     (see `model.load.model_identity`), `template` and `tokenizer` what `Template.to_dict` and `Tokenizer.fingerprint`
-    gave, `parameters` and `tensors` count what the weights file holds, `notes` is what the run said about itself.
+    gave, `parameters` and `tensors` count what the weights file holds, `notes` is what the run said about itself,
+    `attention` the sparse attention that it was trained with (None: full).
     """
 
     folder: Path
@@ -67,6 +69,7 @@ class AdapterInfo:
     tokenizer: dict[str, Any] | None = None
     versions: dict[str, Any] | None = None
     notes: dict[str, Any] | None = None
+    attention: dict[str, Any] | None = None
 
     @property
     def weights(self) -> Path:
@@ -83,12 +86,13 @@ def save_adapter(
     template: Mapping[str, Any] | None = None,
     tokenizer: Mapping[str, Any] | None = None,
     notes: Mapping[str, Any] | None = None,
+    attention: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `adapter` into `folder` (make it with `files.atomic_folder`). Raises AdapterError for what is not finite.
 
     `base` is the name or path a user gave for the base model and `identity` its `model_identity`; `template` is
     `Template.to_dict()`, `tokenizer` `Tokenizer.fingerprint()`; `notes` (data, its hash, results: plain values) go
-    into the model card.
+    into the model card; `attention` is the model's sparse attention (None: full).
     """
     config, tensors = exported(adapter)
     bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
@@ -112,6 +116,7 @@ def save_adapter(
         "tokenizer": None if tokenizer is None else dict(tokenizer),
         "parameters": sum(parameter.numel() for parameter in adapter.trainable.values()),
         "versions": {"tunesmith": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "attention": dict(attention) if attention else None,
         "notes": dict(notes or {}),
     }
     atomic_write_json(folder / NATIVE, own)
@@ -142,6 +147,10 @@ def load_adapter(
     info = read_info(folder)
     if identity is not None:
         check_base(info, identity)
+        if info.identity is not None and info.identity.get("quant") != identity.get("quant"):
+            held = [str((i.get("quant") or {}).get("kind", "not quantized")) for i in (info.identity, identity)]
+            logger.warning("%s: was trained on this base %s; here it is %s, so logits differ a little", folder, *held)
+    use_attention(info, model)
     if info.peft:
         method = _peft_method(info)
         where = str(info.folder / CONFIG)
@@ -186,8 +195,27 @@ def read_info(folder: Path) -> AdapterInfo:
         parameters=sum(sizes.values()),
         tensors=len(sizes),
         identity=_mapping(said, "identity", folder),
-        **{key: _mapping(own, key, folder) for key in ("template", "tokenizer", "versions", "notes")},
+        **{key: _mapping(own, key, folder) for key in ("template", "tokenizer", "versions", "notes", "attention")},
     )
+
+
+def use_attention(info: AdapterInfo, model: Llama) -> None:
+    """Let `model` attend as it did when the adapter was trained (see model/sparse.py).
+
+    Raises AdapterError where that is not understood, or another adapter is attached that was trained otherwise.
+    """
+    try:
+        settings = validate_section(AttentionSettings, info.attention or {}, "attention")
+        wanted = pattern_of(settings, model.config.num_key_value_heads)
+    except (ConfigError, ModelError) as error:
+        raise AdapterError(f"{info.folder / NATIVE}: {error}") from None
+    if not any(isinstance(seam, Seam) and len(seam) for seam in model.modules()):
+        model.pattern = wanted
+    elif evaluated(wanted) != evaluated(model.pattern):
+        raise AdapterError(
+            f"{info.folder}: was trained with other attention ({said(wanted)}) than what is attached already "
+            f"({said(model.pattern)}), and a model has one at a time: load this adapter alone"
+        )
 
 
 def check_base(info: AdapterInfo, identity: Mapping[str, Any]) -> None:

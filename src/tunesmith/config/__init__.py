@@ -1,5 +1,6 @@
 """Configuration: defaults < YAML < key=value overrides < flags, read into one strict, frozen `Run`."""
 
+from tunesmith.config.attention import AttentionSettings
 from tunesmith.config.load import load_run
 from tunesmith.config.sections import (
     SECTIONS,
@@ -8,6 +9,7 @@ from tunesmith.config.sections import (
     EvaluateSection,
     LogSection,
     ModelSection,
+    QuantSection,
     Run,
     TrainSection,
 )
@@ -17,11 +19,13 @@ from tunesmith.config.validate import validate_section
 __all__ = [
     "SECTIONS",
     "STRICT",
+    "AttentionSettings",
     "DataSection",
     "EvaluateSection",
     "Located",
     "LogSection",
     "ModelSection",
+    "QuantSection",
     "Run",
     "TrainSection",
     "load_run",

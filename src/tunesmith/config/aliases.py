@@ -39,12 +39,21 @@ ALIASES: dict[str, Path] = {
 }
 
 # A section written as one word: `model: smollm2-135m-instruct`, `adapter=lora`.
-SHORTHANDS: dict[str, Path] = {"model": ("model", "path"), "data": ("data", "train"), "adapter": ("adapter", "kind")}
+SHORTHANDS: dict[str, Path] = {
+    "model": ("model", "path"),
+    "data": ("data", "train"),
+    "adapter": ("adapter", "kind"),
+    "quant": ("quant", "kind"),
+}
 
 ACCUMULATION = "gradient_accumulation_steps"
 NOTED = "group_by_length"
-QUANTIZED = ("load_in_8bit", "load_in_4bit")
-QUANTIZED_PREFIX = "bnb_4bit_"
+EIGHT_BITS, FOUR_BITS = "load_in_8bit", "load_in_4bit"
+# What 4 bits means, where it is asked for; alone these change nothing.
+FOUR_BIT_SETTINGS: dict[str, Path] = {
+    "bnb_4bit_quant_type": ("quant", "kind"),
+    "bnb_4bit_use_double_quant": ("quant", "double_quant"),
+}
 
 # Settings of other tools that have another shape here: not aliases, but an error can say what to write.
 HINTS: dict[str, str] = {
@@ -56,6 +65,8 @@ HINTS: dict[str, str] = {
     "save_total_limit": "write train.keep_checkpoints",
     "eval_steps": "write evaluate.every_steps",
     "prompt_template_name": "write data.template",
+    "bnb_4bit_compute_dtype": "write model.dtype, in which products are computed",
+    "bnb_4bit_quant_storage": "leave it out: quantized weights are stored as bytes",
 }
 
 
@@ -73,4 +84,4 @@ CONVERTERS: dict[str, Callable[[Any], Any]] = {"lora_target_modules": _targets, 
 
 def is_special(key: str) -> bool:
     """Say whether `key` is accepted without standing for a single canonical key."""
-    return key in (ACCUMULATION, NOTED, *QUANTIZED) or key.startswith(QUANTIZED_PREFIX)
+    return key in (ACCUMULATION, NOTED, EIGHT_BITS, FOUR_BITS, *FOUR_BIT_SETTINGS)

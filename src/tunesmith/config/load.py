@@ -157,7 +157,7 @@ def _unknown(key: str, origin: str) -> str:
             *aliases.ALIASES,
             aliases.ACCUMULATION,
             aliases.NOTED,
-            *aliases.QUANTIZED,
+            *(aliases.EIGHT_BITS, aliases.FOUR_BITS, *aliases.FOUR_BIT_SETTINGS),
         ]
         names += [f"{name}.{field}" for name, cls in SECTIONS.items() for field in field_names(cls)]
         hint = did_you_mean(key, names) or did_you_mean(section, [*SECTIONS, "adapter"])
@@ -184,20 +184,37 @@ def _section(entries: Mapping[tuple[str, ...], _Entry], section: str) -> Located
 def _special(entries: dict[tuple[str, ...], _Entry], special: Mapping[str, _Entry]) -> list[str]:
     """Answer the spellings that stand for no single key; return notes."""
     notes = []
-    for key, entry in special.items():
-        if key == aliases.NOTED:
-            if entry.value not in (False, None):
-                notes.append(f"{key}: nothing to do: examples lie end to end and nothing is padded")
-        elif key.startswith(aliases.QUANTIZED_PREFIX) or (
-            key in aliases.QUANTIZED and entry.value not in (False, None)
-        ):
-            raise ConfigError(
-                f"{key}: quantized bases are not there yet{place(entry.origin)}; "
-                "leave it out and use model.dtype: bfloat16"
-            )
+    noted = special.get(aliases.NOTED)
+    if noted is not None and noted.value not in (False, None):
+        notes.append(f"{aliases.NOTED}: nothing to do: examples lie end to end and nothing is padded")
     if aliases.ACCUMULATION in special:
         _accumulate(entries, special[aliases.ACCUMULATION])
-    return notes
+    return notes + _quantized(entries, special)
+
+
+def _quantized(entries: dict[tuple[str, ...], _Entry], special: Mapping[str, _Entry]) -> list[str]:
+    """`load_in_4bit` and `load_in_8bit` as quant.kind, with what belongs to them; return notes."""
+    asked = {}
+    for key in (aliases.FOUR_BITS, aliases.EIGHT_BITS):
+        entry = special.get(key)
+        if entry is not None and entry.value not in (True, False, None):
+            raise ConfigError(f"{key}: should be true or false, not {shown(entry.value)}{place(entry.origin)}")
+        if entry is not None and entry.value:
+            asked[key] = entry
+    kind = ("quant", "kind")
+    if len(asked) == 2 or (asked and kind in entries):
+        both = " and ".join(f"{e.spelled} ({e.origin})" for e in (*asked.values(), entries.get(kind)) if e is not None)
+        raise ConfigError(f"quant.kind: set twice, by {both}; keep one")
+    settings = {key: special[key] for key in aliases.FOUR_BIT_SETTINGS if key in special}
+    if aliases.FOUR_BITS not in asked and settings:
+        return [f"{', '.join(settings)}: nothing to do: load_in_4bit is not true"]
+    for key, entry in asked.items():
+        value = "llm-int8" if key == aliases.EIGHT_BITS else "nf4"
+        entries[kind] = _Entry(kind, entry.spelled, value, entry.origin, {})
+    for key, entry in settings.items():
+        path = aliases.FOUR_BIT_SETTINGS[key]
+        entries[path] = _Entry(path, key, entry.value, entry.origin, {})
+    return []
 
 
 def _accumulate(entries: dict[tuple[str, ...], _Entry], steps: _Entry) -> None:

@@ -11,7 +11,17 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
-from tunesmith.config.aliases import ACCUMULATION, ALIASES, HINTS, NOTED, QUANTIZED, QUANTIZED_PREFIX, SHORTHANDS
+from tunesmith.config.aliases import (
+    ACCUMULATION,
+    ALIASES,
+    EIGHT_BITS,
+    FOUR_BIT_SETTINGS,
+    FOUR_BITS,
+    HINTS,
+    NOTED,
+    SHORTHANDS,
+)
+from tunesmith.config.attention import AttentionSettings
 from tunesmith.config.sections import SECTIONS, Run
 
 HEAD = """# Configuration
@@ -53,6 +63,8 @@ def reference() -> str:
     root = {name: field for name, field in _fields(Run).items() if name not in SECTIONS}
     for name, cls in SECTIONS.items():
         parts.append(f"## {name}\n\n{_first_line(cls)}\n\n{settings_table(cls, f'{name}.')}")
+        if name == "model":
+            parts.append(f"{_first_line(AttentionSettings)}\n\n{settings_table(AttentionSettings, 'model.attention.')}")
     parts.append(f"## The adapter and the run\n\n{_table(Run, root, '')}")
     parts.append(ADAPTER)
     parts.append(_aliases())
@@ -73,8 +85,9 @@ def _aliases() -> str:
     rows = [f"| `{name}` | `{'.'.join(path)}` |" for name, path in ALIASES.items()]
     rows.append(f"| `{ACCUMULATION}` | `train.batch_size` = `train.micro_batch` * this, where it is not given |")
     rows.append(f"| `{NOTED}` | accepted; nothing to do, since nothing is padded |")
-    quantized = ", ".join(f"`{name}`" for name in QUANTIZED)
-    rows.append(f"| {quantized}, `{QUANTIZED_PREFIX}*` | quantized bases are not there yet: an error that says so |")
+    rows.append(f"| `{FOUR_BITS}` | `quant.kind` = nf4, or what `bnb_4bit_quant_type` says |")
+    rows.append(f"| `{EIGHT_BITS}` | `quant.kind` = llm-int8 |")
+    rows += [f"| `{key}` | `{'.'.join(path)}`, beside `{FOUR_BITS}` |" for key, path in FOUR_BIT_SETTINGS.items()]
     hints = "\n".join(f"| `{name}` | {hint} |" for name, hint in HINTS.items())
     return (
         "## Well-known spellings\n\nAccepted at the top level of the YAML and as overrides. A spelling and the key it "
@@ -131,7 +144,7 @@ def _type(hint: Any, metadata: list[Any]) -> str:
     if get_origin(hint) in (Union, types.UnionType):
         branches = [_type(branch, []) for branch in get_args(hint) if branch is not type(None)]
         return f"{' or '.join(branches)}{limits}"
-    names = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`"}
+    names = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`", AttentionSettings: "mapping"}
     return f"{names.get(hint, str(hint))}{limits}"
 
 

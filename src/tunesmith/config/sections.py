@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic.dataclasses import dataclass
 
+from tunesmith.config.attention import AttentionSettings, read_attention
 from tunesmith.config.source import Located, dump
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -87,6 +88,24 @@ class ModelSection:
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="auto (a GPU if there is one), cpu, cuda or cuda:N.",
     )
+    attention: Annotated[AttentionSettings | None, BeforeValidator(read_attention)] = Field(
+        default=None, description="Sparse attention, such as `{pattern: local, window: 256}`; none: full."
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class QuantSection:
+    """The base's frozen linears in few bits: embedding, head and norms stay in `model.dtype`, which products use."""
+
+    kind: Literal["none", "nf4", "nf3", "nf2", "fp4", "int4", "int8", "llm-int8", "keep"] = Field(
+        default="none",
+        description="Code of the weights while the base is loaded; keep leaves a GGUF file's own 4 or 8 bits as they "
+        "are; none changes nothing.",
+    )
+    block_size: int = Field(
+        default=64, ge=8, multiple_of=8, description="Weights that share a scale; int8 has one a row."
+    )
+    double_quant: bool = Field(default=True, description="Hold the scales of blocks in 8 bits too.")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -168,6 +187,9 @@ class TrainSection:
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the first moment.")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the second moment.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
+    attention_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of attention's probabilities set to 0 at random in training."
+    )
     max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are clipped to this norm; 0 clips nothing.")
     kernels: Literal["auto", "native", "torch"] = Field(
         default="auto",
@@ -242,6 +264,7 @@ class Run:
 
     model: ModelSection = Field(description="The base model.")
     data: DataSection = Field(description="The data.")
+    quant: QuantSection = Field(default_factory=QuantSection, description="The base in few bits.")
     adapter: AdapterMapping = Field(
         default_factory=lambda: {"kind": "lora"},
         description="The method: `kind` and that method's own settings.",
@@ -267,6 +290,7 @@ class Run:
 SECTIONS: dict[str, type] = {
     "model": ModelSection,
     "data": DataSection,
+    "quant": QuantSection,
     "train": TrainSection,
     "evaluate": EvaluateSection,
     "log": LogSection,
@@ -274,6 +298,8 @@ SECTIONS: dict[str, type] = {
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, AttentionSettings):
+        return value.to_dict()
     if type(value) in SECTIONS.values():
         return {name: _plain(getattr(value, name)) for name in type(value).__dataclass_fields__}
     if isinstance(value, dict):

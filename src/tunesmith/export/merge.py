@@ -23,6 +23,7 @@ from tunesmith.files import atomic_folder, atomic_save_safetensors, atomic_write
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.llama import Llama
 from tunesmith.model.load import load_model
+from tunesmith.model.sparse import evaluated, said
 from tunesmith.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -103,6 +104,11 @@ def merge_adapter(
     VerificationError for a merge that lost too much. `force` writes it all the same.
     """
     out = Path(out)
+    if evaluated(model.pattern) and not force:
+        raise CannotMerge(
+            f"attention: it was trained with sparse attention ({said(model.pattern)}), which a plain model's files "
+            "cannot say: other tools would compute full attention; keep the adapter beside its base, or use --force"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
         raise ConfigError(f"--out: {out} is there already; choose another folder, or --force to replace it")
     chosen = _output_dtype(model, dtype)
@@ -162,6 +168,11 @@ def _folded(model: Llama, adapter: Adapter) -> Iterator[tuple[str, Tensor | None
         if not isinstance(weight, Tensor):
             raise CannotMerge(
                 f"{places[0]}: {adapter.kind} acts where there is no weight: keep the adapter beside its base"
+            )
+        if (quant := getattr(host, "quant", None)) is not None:
+            raise CannotMerge(
+                f"{path}: its weight is quantized ({quant.kind}), and a delta folded in would be rounded away: keep "
+                "the adapter beside its base"
             )
         wide = weight.detach().double()  # so that W + D - W gives D back
         new, shift = wide, None if bias is None else bias.detach().double()

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from tunesmith.adapters import open_method
-from tunesmith.adapters.peft_format import load_adapter
+from tunesmith.adapters.peft_format import load_adapter, read_info, use_attention
 from tunesmith.errors import TunesmithError, VerificationError
 from tunesmith.export.probe import Probe, logits_at, read_probe
 from tunesmith.files import atomic_save_safetensors, atomic_write_json
 from tunesmith.model.load import load_model
+from tunesmith.model.quantize import quant_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,10 @@ def replay(request: Request, probe: Probe) -> Answer:
     for file in request.methods:
         open_method(file)
     dtype = getattr(torch, request.dtype)
-    model = load_model(Path(request.base), dtype=dtype, device=request.device)
+    info = read_info(Path(request.adapter))
+    quant = quant_of(info.identity, str(info.folder))
+    model = load_model(Path(request.base), dtype=dtype, device=request.device, quant=quant)
+    use_attention(info, model)  # the base's logits were made with it too
     bare = logits_at(model, probe, ())
     load_adapter(Path(request.adapter), model)
     return Answer(bare, logits_at(model, probe, None))

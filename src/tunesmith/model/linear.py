@@ -29,6 +29,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.input, self.edit = Seam(), Seam()
         self.register_module("quant", None)
+        self.wide = torch.float32
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """(tokens, in_features) -> (tokens, out_features)."""
@@ -42,15 +43,15 @@ class Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W, (out_features, in_features): the Parameter itself, or made anew from a quantized one (float32)."""
+        """W, (out_features, in_features): the Parameter itself, or made anew from a quantized one."""
         if self.quant is None:
             return self.weight if dtype is None else self.weight.to(dtype)
-        return dense(self.weight, self.quant, dtype or torch.float32)
+        return dense(self.weight, self.quant, dtype or self.wide)
 
-    def hold(self, packed: Tensor, storage: Storage) -> None:
-        """Keep W in `packed` from here on, frozen, read by `storage`."""
+    def hold(self, packed: Tensor, storage: Storage, wide: torch.dtype = torch.float32) -> None:
+        """Keep W in `packed` from here on, frozen, read by `storage`; `wide` is what `dense_weight` gives unasked."""
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.quant = storage
+        self.quant, self.wide = storage, wide
 
     def extra_repr(self) -> str:
         """Sizes, as torch.nn.Linear prints them."""

@@ -23,13 +23,16 @@ from tunesmith.errors import ModelError
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.gguf_weights import GgufWeights
 from tunesmith.model.hf_weights import FolderWeights, refuse_pickle
+from tunesmith.model.linear import Linear
 from tunesmith.model.llama import Llama
+from tunesmith.quant.storage import Spec, Storage, quantize_weight
 
 # Tensors that old files carry and that follow from the config.
 _HARMLESS = re.compile(
     r"(model\.layers\.\d+\.self_attn\.|model\.)?rotary_emb\.inv_freq|blk\.\d+\.attn_rot_embd\.weight"
 )
 # What a config says about tokens and limits does not change the model's function.
+_BLOCK_LINEAR = re.compile(r"model\.layers\.\d+\.\w+\.\w+_proj\.weight")
 _NOT_IDENTITY = ("bos_token_id", "eos_token_ids", "pad_token_id", "max_position_embeddings", "tie_word_embeddings")
 _MOST_LISTED = 10
 
@@ -72,20 +75,33 @@ def load_config(path: Path) -> ModelConfig:
     return weights.config
 
 
-def load_model(path: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Llama:
+def load_model(
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quant: Spec | None = None,
+) -> Llama:
     """Return the model in `dtype` on `device`, frozen and in eval mode.
 
     `path` is a Hugging Face folder (model.safetensors, or sharded with its index) or a .gguf file, whose weights are
-    dequantized. ModelError lists tensors that are missing, unexpected, of a wrong shape or not finite.
+    dequantized. With `quant` the linears of the blocks are quantized tensor by tensor on the way in, from float32
+    whatever `dtype` is. ModelError lists tensors that are missing, unexpected, of a wrong shape or not finite.
     """
     weights = open_weights(path)
     try:
         _check_names(weights)
-        tensors = _read_all(weights, dtype, torch.device(device))
+        tensors, held = _read_all(weights, dtype, torch.device(device), quant)
     finally:
         weights.close()
     with torch.device("meta"):
         model = Llama(weights.config)
+    for name, (packed, storage) in held.items():
+        linear = model.get_submodule(name.removesuffix(".weight"))
+        if isinstance(linear, Linear):
+            linear.hold(packed, storage, torch.promote_types(dtype, torch.float32))
+            tensors[name] = packed
+            tensors |= {name.replace(".weight", f".quant.{key}"): t for key, t in storage.state_dict().items()}
     if weights.config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict(tensors, assign=True)
@@ -94,8 +110,8 @@ def load_model(path: Path, *, dtype: torch.dtype = torch.float32, device: torch.
     return model.eval()
 
 
-def model_identity(path: Path) -> dict[str, Any]:
-    """Return {"kind", "sha256", "config"}: which model this is, wherever it lies.
+def model_identity(path: Path, quant: Spec | None = None) -> dict[str, Any]:
+    """Return {"kind", "sha256", "config"}: which model this is, wherever it lies; and {"quant"} if it is quantized.
 
     The hash covers the arithmetic of the config and each tensor's name, shape, stored type and 192 of its bytes (first,
     middle, last): sure enough to tell two models apart, and read in milliseconds.
@@ -110,7 +126,8 @@ def model_identity(path: Path) -> dict[str, Any]:
                 digest.update(json.dumps([name, weights.shapes[name], stored]).encode() + sample)
     finally:
         weights.close()
-    return {"kind": weights.kind, "sha256": digest.hexdigest(), "config": weights.config.to_hf()}
+    found = {"kind": weights.kind, "sha256": digest.hexdigest(), "config": weights.config.to_hf()}
+    return found if quant is None else {**found, "quant": asdict(quant)}
 
 
 def _check_names(weights: Weights) -> None:
@@ -132,12 +149,26 @@ def _refuse(weights: Weights, bad: list[str], cure: str) -> None:
         raise ModelError(f"{weights.path}: {len(bad)} bad tensors: {'; '.join(bad[:_MOST_LISTED])}{more}; {cure}")
 
 
-def _read_all(weights: Weights, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-    """Read every tensor, the largest first so that the threads end together; then look for what is not finite."""
+Held = tuple[torch.Tensor, Storage]
 
-    def read(name: str) -> tuple[torch.Tensor, bool]:
-        tensor = weights.read(name, dtype)
-        return tensor.to(device), _finite(tensor)
+
+def _read_all(
+    weights: Weights, dtype: torch.dtype, device: torch.device, quant: Spec | None
+) -> tuple[dict[str, torch.Tensor], dict[str, Held]]:
+    """Read every tensor, the largest first so that the threads end together; then look for what is not finite.
+
+    Returns the dense tensors, and apart those that are held in a storage.
+    """
+
+    def read(name: str) -> tuple[torch.Tensor | Held, bool]:
+        if quant is None or not _BLOCK_LINEAR.fullmatch(name):
+            tensor = weights.read(name, dtype)
+            return tensor.to(device), _finite(tensor)
+        tensor = weights.read(name, torch.float32)
+        if not (finite := _finite(tensor)):
+            return tensor, finite
+        packed, storage = quantize_weight(tensor.to(device), quant, f"{weights.path}: {name}")
+        return (packed, storage), finite
 
     names = list(weights.config.weight_shapes())
     order = sorted(names, key=lambda name: -math.prod(weights.shapes[name]))
@@ -146,10 +177,11 @@ def _read_all(weights: Weights, dtype: torch.dtype, device: torch.device) -> dic
     bad = [f"{name} holds NaN or infinity" for name in names if not found[name][1]]
     half = dtype == torch.float16
     _refuse(weights, bad, "float16 ends at 65504: try bfloat16 or float32" if half else "the file is damaged")
-    tensors = {name: found[name][0] for name in names}
+    tensors = {name: value for name in names if isinstance(value := found[name][0], torch.Tensor)}
+    held = {name: value for name in names if not isinstance(value := found[name][0], torch.Tensor)}
     if weights.config.tie_word_embeddings and "lm_head.weight" in weights.shapes:
         _check_tied(weights, tensors["model.embed_tokens.weight"], dtype)
-    return tensors
+    return tensors, held
 
 
 def _check_tied(weights: Weights, embedding: torch.Tensor, dtype: torch.dtype) -> None:

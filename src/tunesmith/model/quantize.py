@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import torch
+
+from tunesmith.config import QuantSection, validate_section
+from tunesmith.errors import ConfigError
 from tunesmith.model.linear import Linear
 from tunesmith.model.llama import Llama
 from tunesmith.quant.storage import Spec, quantize_weight
@@ -23,16 +29,46 @@ def quantize(model: Llama, spec: Spec) -> Llama:
     """
     for name, linear in block_linears(model):
         if linear.quant is None:
-            linear.hold(*quantize_weight(linear.weight, spec, f"{name}.weight"))
+            wide = torch.promote_types(linear.weight.dtype, torch.float32)
+            linear.hold(*quantize_weight(linear.weight, spec, f"{name}.weight"), wide)
     return model
 
 
+def spec_of(quant: QuantSection) -> Spec | None:
+    """A `quant` section as the storages take it; None where nothing is quantized."""
+    return None if quant.kind == "none" else Spec(quant.kind, quant.block_size, quant.double_quant)
+
+
+def quant_of(identity: Mapping[str, Any] | None, where: str) -> Spec | None:
+    """How the base of a `model_identity` is quantized. Raises ConfigError for what is no such setting."""
+    said = (identity or {}).get("quant")
+    if said is None:
+        return None
+    if not isinstance(said, dict):
+        raise ConfigError(f"{where}: quant should be an object, not {str(said)[:60]!r}")
+    return spec_of(validate_section(QuantSection, said, f"{where}: quant"))
+
+
 def resident_bits(model: Llama) -> float:
-    """Bits a parameter that the linears of the blocks hold in memory, measured on their tensors."""
-    bits, count = 0.0, 0
+    """Bits a weight that the linears of the blocks hold in memory, measured on their tensors."""
+    held = [(_bits(linear), linear.in_features * linear.out_features) for _, linear in block_linears(model)]
+    return sum(bits * size for bits, size in held) / sum(size for _, size in held)
+
+
+def held_weights(model: Llama) -> int:
+    """How many weights the storages stand for: their Parameters are bytes, which nobody counts as parameters."""
+    return sum(m.in_features * m.out_features for _, m in block_linears(model) if m.quant is not None)
+
+
+def weight_bytes(model: Llama, spec: Spec | None = None) -> float:
+    """Bytes a parameter of the base, on average. `spec`: what its linears will be held in, if they are not yet."""
+    dense, saved = float(model.dtype.itemsize), 0.0
     for _, linear in block_linears(model):
-        size = linear.in_features * linear.out_features
-        held = 8 * linear.weight.element_size() * linear.weight.numel()
-        bits += held if linear.quant is None else linear.quant.bits(linear.weight) * size
-        count += size
-    return bits / count
+        bits = spec.bits if spec is not None and linear.quant is None else _bits(linear)
+        saved += (8 * dense - bits) / 8 * linear.in_features * linear.out_features
+    return dense - saved / sum(math.prod(shape) for shape in model.config.weight_shapes().values())
+
+
+def _bits(linear: Linear) -> float:
+    held = 8.0 * linear.weight.element_size()
+    return held if linear.quant is None else linear.quant.bits(linear.weight)

@@ -18,7 +18,7 @@ from tunesmith.errors import ModelError
 from tunesmith.quant import int8
 from tunesmith.quant.blockwise import dequantize_blockwise, quantize_blockwise
 from tunesmith.quant.codes import KINDS, find_code
-from tunesmith.quant.double import dynamic_map, nest, unnest
+from tunesmith.quant.double import NESTED_BLOCK, dynamic_map, nest, unnest
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,18 @@ class Spec:
     """How to quantize: `kind`, and for the codes of few bits the block size and whether absmax is quantized too."""
 
     kind: str
-    block: int = 64
-    double: bool = True
+    block_size: int = 64
+    double_quant: bool = True
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight, its scales included, short of what ends in the middle of a block."""
+        if self.kind not in KINDS:
+            return 8.0
+        scale = (
+            8 / self.block_size + 32 / (self.block_size * NESTED_BLOCK) if self.double_quant else 32 / self.block_size
+        )
+        return find_code(self.kind).bits + scale
 
 
 class Storage(nn.Module):
@@ -137,19 +147,19 @@ def quantize_weight(weight: Tensor, spec: Spec, name: str = "weight") -> tuple[T
         raise ModelError(
             f"{name}: there is no storage {spec.kind!r}; there are {', '.join((*KINDS, 'int8', 'llm-int8'))}"
         )
-    if weight.numel() % spec.block:
+    if weight.numel() % spec.block_size:
         fitting = next(
-            (b for b in (1024, 512, 256, 128, 64, 32, 16, 8) if b < spec.block and not weight.numel() % b), 8
+            (b for b in (1024, 512, 256, 128, 64, 32, 16, 8) if b < spec.block_size and not weight.numel() % b), 8
         )
         raise ModelError(
-            f"{name}: blocks of {spec.block} do not divide its {rows} x {columns} weights; "
+            f"{name}: blocks of {spec.block_size} do not divide its {rows} x {columns} weights; "
             f"set quant.block_size={fitting}"
         )
-    packed, absmax = quantize_blockwise(weight, find_code(spec.kind), spec.block)
-    if not spec.double:
-        return packed, Blockwise(spec.kind, (rows, columns), spec.block, absmax)
+    packed, absmax = quantize_blockwise(weight, find_code(spec.kind), spec.block_size)
+    if not spec.double_quant:
+        return packed, Blockwise(spec.kind, (rows, columns), spec.block_size, absmax)
     indices, nested, offset = nest(absmax)
-    return packed, Blockwise(spec.kind, (rows, columns), spec.block, indices, (nested, offset))
+    return packed, Blockwise(spec.kind, (rows, columns), spec.block_size, indices, (nested, offset))
 
 
 @cache

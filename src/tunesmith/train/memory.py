@@ -95,6 +95,13 @@ def parameter_count(config: ModelConfig) -> int:
     return config.num_hidden_layers * layer + embeddings + d
 
 
+def block_weights(config: ModelConfig) -> int:
+    """Give the number of weights of the blocks' linears, biases not counted."""
+    d, f, width = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    return config.num_hidden_layers * (2 * d * width * (heads + kv_heads) + 3 * d * f)
+
+
 def layer_bytes_per_token(job: Job) -> int:
     """Give the bytes that one layer keeps for its backward, a token (the table at the head of this file)."""
     config, targets = job.config, job.targets
@@ -163,9 +170,16 @@ def usable_memory(device: str | torch.device = "cpu") -> int:
     return available_memory(device) + held
 
 
-def check_weights_fit(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> None:
-    """Raise OutOfMemory if a model's weights alone are more than there is, before anything of them is read."""
+def check_weights_fit(
+    config: ModelConfig, dtype: torch.dtype, device: str | torch.device, bits: float | None = None
+) -> None:
+    """Raise OutOfMemory if a model's weights alone are more than there is, before anything of them is read.
+
+    `bits`: of each weight of the blocks, where they are quantized.
+    """
     needed, there = parameter_count(config) * dtype.itemsize, usable_memory(device)
+    if bits is not None:
+        needed -= int(block_weights(config) * (dtype.itemsize - bits / 8))
     if needed > there:
         smaller = "set model.dtype=bfloat16, or " if dtype.itemsize > 2 else ""
         raise OutOfMemory(
