@@ -14,7 +14,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tunesmith.errors import NumericalError, TokenizerError
+from tunesmith.data.encode import Example
+from tunesmith.errors import DataError, NumericalError, TokenizerError
+from tunesmith.model.virtual import Needs
 
 NAMED = 5  # how many names a message lists before it only counts
 UNIFORM = 1e-3  # how near to ln(vocab) a loss must come to look like uniform logits
@@ -34,6 +36,20 @@ class HasSpecialIds(Protocol):
     def pad_id(self) -> int | None: ...
     @property
     def special_tokens(self) -> Mapping[str, int]: ...
+
+
+def check_prompts(kind: str, needs: Needs, examples: Sequence[Example]) -> str | None:
+    """Say how many rows have no prompt, for a method that acts where prompts end. Raises DataError where none has."""
+    bare = sum(bool(example.supervised[:2].any()) for example in examples)  # a first token alone is no prompt
+    if not bare or not (needs.ends or needs.infix):
+        return None
+    acts = f"{kind} acts where prompts end, and {bare} of {len(examples)} rows have no prompt"
+    if bare == len(examples):
+        raise DataError(
+            f"{acts}: it would learn nothing there; give rows with a prompt and an answer, and leave out "
+            "data.train_on_inputs"
+        )
+    return f"{acts}: they teach it nothing there"
 
 
 def check_loss(loss: float, vocab_size: int, step: int, *, previous: float | None = None) -> str | None:
