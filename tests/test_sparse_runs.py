@@ -102,6 +102,13 @@ def test_training_goes_on_with_the_attention_that_was_loaded(train, tiny_reviews
     assert load_run(more.folder / "config.yaml")[0].model.attention.to_dict() == LOCAL
 
 
+def test_a_pattern_that_does_nothing_is_said(command, tiny_base, tiny_reviews, tmp_path) -> None:
+    wide = {"pattern": "local", "window": 4096}
+    said = run_it(command, tiny_base, tiny_reviews, tmp_path, model__attention=wide)
+    assert "warning: model.attention (local, window 4096) hides nothing of the longest row, which has" in said
+    assert "hides nothing" not in run_it(command, tiny_base, tiny_reviews, tmp_path / "b", model__attention=LOCAL)
+
+
 def test_attention_dropout(train, command, tiny_base, tiny_reviews, tmp_path) -> None:
     said = run_it(command, tiny_base, tiny_reviews, tmp_path, train__attention_dropout=0.2)
     assert "prefixes are not shared" in said

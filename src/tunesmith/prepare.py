@@ -26,7 +26,7 @@ from tunesmith.model.llama import Llama
 from tunesmith.model.load import load_config, load_model, model_identity
 from tunesmith.model.native import built
 from tunesmith.model.quantize import spec_of, weight_bytes
-from tunesmith.model.sparse import pattern_of
+from tunesmith.model.sparse import Pattern, pattern_of, said
 from tunesmith.quant.storage import Spec
 from tunesmith.tokenizer import Tokenizer, check_fits, load_tokenizer
 from tunesmith.train.memory import (
@@ -188,14 +188,18 @@ def _fingerprint(encoded: EncodedSet) -> str:
     return digest.hexdigest()
 
 
-def show_report(data: Data, console: Console) -> None:
-    """Print what was found in the data, each problem with its cure."""
+def show_report(data: Data, console: Console, pattern: Pattern | None = None) -> None:
+    """Print what was found in the data, each problem with its cure, for a model with this sparse attention."""
     for name, encoded in (("train", data.train), ("valid", data.valid)):
         if encoded is not None:
             for line in encoded.report.lines():
                 console.print(f"{name}: {line}", markup=False, soft_wrap=True)
             for problem in encoded.report.problems():
                 console.print(f"{name}: warning: {problem}", markup=False, style="yellow", soft_wrap=True)
+    longest = data.train.report.longest
+    if pattern is not None and min(pattern.pairs(longest)) == longest * (longest + 1) // 2:
+        said_of = f"({said(pattern)}) hides nothing of the longest row, which has {longest} tokens; make it narrower"
+        console.print(f"warning: model.attention {said_of}", markup=False, style="yellow", soft_wrap=True)
 
 
 def resolve(run: Run, loaded: Loaded, pack_tokens: int, kernels: str) -> Run:

@@ -139,7 +139,7 @@ def _check_data(run: Run, loaded: Loaded, data: Data, console: Console) -> None:
     config = loaded.model.config
     for line in check_tokenizer_ids(loaded.tokenizer, config.vocab_size, config.eos_token_ids, config.bos_token_id):
         _say(console, f"tokenizer: {line}")
-    show_report(data, console)
+    show_report(data, console, loaded.model.pattern)
     asked = {"evaluate.metrics": run.evaluate.metrics, "evaluate.patience": run.evaluate.patience}
     for key, value in asked.items():
         if value and data.valid is None:

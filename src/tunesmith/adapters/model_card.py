@@ -17,6 +17,7 @@ def model_card(own: Mapping[str, Any], *, peft: bool) -> str:
         "base identity": f"`{identity}`",
         "method": f"`{kind}`",
         "settings": f"`{json.dumps(settings)}`" if settings else "none",
+        **_attention(own.get("attention")),
         "trained parameters": f"{own['parameters']:,}",
         "prompt template": f"`{(own['template'] or {}).get('name', 'not recorded')}`",
         **{str(key).replace("_", " "): _shown(value) for key, value in own["notes"].items()},
@@ -29,6 +30,14 @@ def model_card(own: Mapping[str, Any], *, peft: bool) -> str:
     front = "\n".join(head)
     use = _PEFT.format(base=json.dumps(base)) if peft else _OWN
     return f"---\n{front}\n---\n\n# {kind} adapter for {base}\n\n| | |\n|---|---|\n{table}\n\n{_USE}\n{use}"
+
+
+def _attention(settings: Mapping[str, Any] | None) -> dict[str, str]:
+    """Sparse attention, which other tools do not know of."""
+    if not settings:
+        return {}
+    evaluated = "in training only" if settings.get("pattern") == "s2" else "other tools would compute full attention"
+    return {"attention": f"`{json.dumps(dict(settings))}` ({evaluated})"}
 
 
 def _shown(value: Any) -> str:

@@ -56,7 +56,7 @@ class NativeAttention(torch.autograd.Function):
         more = 1 + len(sizes) if merged else 0
         (out, *weights), tiles, kept = rest[:more] or (None,), rest[more : more + count], iter(rest[more + count :])
         grad, dq = grad.contiguous(), torch.zeros_like(q) if merged else torch.empty_like(q)
-        dk, dv = (torch.zeros(t.shape, dtype=torch.float32) for t in (k, v))
+        dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (k, v))
         inner = None if out is None else (grad.float() * out).sum(-1, keepdim=True)
         for part, weight in zip(_split(tiles, sizes), weights or [None], strict=True):
             saved = [next(kept) for _ in range(len(part) // 3)]

@@ -94,7 +94,7 @@ def make_plan(
 ) -> Plan:
     """Turn settings into numbers of optimizer steps.
 
-    With `dropout`, tokens are not shared: each example draws its own.
+    With `dropout`, an adapter's or attention's, tokens are not shared: each example draws its own.
     """
     per_epoch = math.ceil(rows / settings.batch_size)
     steps = max(1, math.ceil(per_epoch * settings.epochs))
@@ -106,7 +106,7 @@ def make_plan(
         batch_size=settings.batch_size,
         pack_tokens=pack_tokens,
         micro_batch=settings.micro_batch,
-        share_prefix=settings.share_prefix and not dropout,
+        share_prefix=settings.share_prefix and not (dropout or settings.attention_dropout),
         schedule=Schedule(settings.schedule, learning_rate, steps, warmup),
         eval_steps=eval_steps or per_epoch,
         save_steps=settings.save_steps or per_epoch,
@@ -250,7 +250,7 @@ class Trainer:
 
         Raises NumericalError before any step.
         """
-        ctx = self.model.context(pack.layout)
+        ctx = self.model.context(pack.layout, dropout=self.settings.attention_dropout)
         hidden = self.model.run(pack.tokens, ctx, self.settings.recompute)
         loss = pack_loss(self.model, pack, ctx, hidden) / max(supervised, 1.0)
         value = float(loss.detach())
