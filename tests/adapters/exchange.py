@@ -68,7 +68,7 @@ def our_logits(model: Any) -> Tensor:
 def their_logits(model: Any) -> Tensor:
     """Of the same."""
     with torch.no_grad():
-        return model.eval()(TOKENS[None]).logits[0]
+        return model.eval()(TOKENS[None]).logits[0, -len(TOKENS) :]  # without those of virtual tokens
 
 
 def agree(a: Tensor, b: Tensor) -> bool:
