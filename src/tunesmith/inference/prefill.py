@@ -44,8 +44,11 @@ def check_prompt(config: ModelConfig, prompt: Sequence[int], name: str) -> None:
 
 
 def attached_adapters(model: Llama) -> list[str]:
-    """Names of the adapters that edit something in this model, sorted."""
-    return sorted({name for module in model.modules() if isinstance(module, Seam) for name in module})
+    """Names of the adapters that edit something in this model, those that a bank holds included, sorted."""
+    held = {name: getattr(delta, "members", None) for name, delta in model.model.embed.items()}
+    banks = {name: list(members) for name, members in held.items() if members is not None}
+    seams = {name for module in model.modules() if isinstance(module, Seam) for name in module}
+    return sorted((seams - set(banks)).union(*banks.values()))
 
 
 def check_adapters(model: Llama, adapters: tuple[str, ...] | None) -> None:

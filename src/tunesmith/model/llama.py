@@ -235,7 +235,7 @@ class Llama(nn.Module):
 
         `hidden` holds all of the caller's tokens, in order; for some of them, and with routes, give `ctx.at(rows)`.
         """
-        if ctx.routes and ctx.rows is None:
+        if ctx.by_row and ctx.rows is None:
             if len(hidden) != ctx.layout.tokens - ctx.extra:
                 raise ModelError(f"logits of {len(hidden)} tokens with routes: say which they are, with ctx.at(rows)")
             ctx = ctx.at(torch.arange(len(hidden), device=hidden.device))

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,35 @@ if TYPE_CHECKING:
     from tunesmith.model.cache import Cache
     from tunesmith.model.layout import Layout
     from tunesmith.model.sparse import Pattern
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which members of a bank act: member `index[i]` on row `rows[i]`, both (n,), sorted by member.
+
+    `groups`: each member that acts with the number of its rows, in that order; plain numbers, so that nothing waits for
+    the device.
+    """
+
+    rows: Tensor
+    index: Tensor
+    groups: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, members: np.ndarray, device: torch.device) -> Choice:
+        """From the member of every row, (rows,); -1: none."""
+        order = np.argsort(members, kind="stable")
+        rows = order[members[order] >= 0]
+        found, counts = np.unique(members[rows], return_counts=True)
+        groups = tuple(zip(found.tolist(), counts.tolist(), strict=True))
+        return cls(torch.from_numpy(rows).to(device), torch.from_numpy(members[rows]).to(device), groups)
+
+    def moved(self, place: Tensor) -> Choice:
+        """For rows numbered anew: row r is now place[r]; -1: it is left out."""
+        members = np.full(int(place.max()) + 1 if len(place) else 0, -1)
+        rows = place[self.rows]
+        members[rows[rows >= 0].cpu().numpy()] = self.index[rows >= 0].cpu().numpy()
+        return Choice.of(members, place.device)
 
 
 @dataclass(frozen=True)
@@ -33,7 +63,8 @@ class Context:
     any. `routes` gives the rows that an adapter acts on, for batches whose segments use different adapters (absent:
     all). `virtual` gives the rows, (copies, virtual_tokens), that adapters put before the examples: the first `extra`
     rows of the row. `rows` says which of the layout's tokens the rows of an edited value are (None: all, in order).
-    `pattern` is the sparse attention that acts (None: full), `dropout` that on attention's probabilities.
+    `pattern` is the sparse attention that acts (None: full), `dropout` that on attention's probabilities. `choice` says
+    which member of a bank acts on which rows; on the others none does.
     """
 
     layout: Layout
@@ -48,25 +79,33 @@ class Context:
     positions: Tensor | None = None  # of every token, from its example's own token 0; negative: a virtual token
     pattern: Pattern | None = None
     dropout: float = 0.0
+    choice: dict[str, Choice] = field(default_factory=dict)
 
     def alone(self, name: str) -> Context:
         """For rows that are no tokens of the batch, as a prompt's: only the adapter `name` acts, on all of them."""
-        return replace(self, adapters=(name,), routes={}, virtual={}, rows=None)
+        return replace(self, adapters=(name,), routes={}, virtual={}, choice={}, rows=None)
 
     def narrowed(self, rows: Tensor) -> Context:
         """For a value that holds only these rows of the one that this context is for."""
-        return replace(self, routes={}, rows=rows if self.rows is None else self.rows[rows])
+        return replace(self, routes={}, choice={}, rows=rows if self.rows is None else self.rows[rows])
 
     def at(self, rows: Tensor) -> Context:
         """For rows (of the callers' tokens) taken out of the final hidden states: routes are numbered anew."""
-        if not self.routes:
+        if not self.by_row:
             return self
         place = torch.full((self.layout.tokens,), -1, device=rows.device)
         place[rows + self.extra] = torch.arange(len(rows), device=rows.device)
         if len(rows) != int((place >= 0).sum()):
             raise ValueError("context: rows must be distinct")
         routes = {name: (found := place[index])[found >= 0] for name, index in self.routes.items()}
-        return replace(self, routes=routes, rows=rows + self.extra)
+        moved = {name: chosen.moved(place) for name, chosen in self.choice.items()}
+        choice = {name: chosen for name, chosen in moved.items() if chosen.groups}
+        return replace(self, routes=routes, choice=choice, rows=rows + self.extra)
+
+    @property
+    def by_row(self) -> bool:
+        """Do different adapters act on different rows?"""
+        return bool(self.routes or self.choice)
 
     def own_positions(self) -> Tensor:
         """Of every row of an edited value, its position from its example's own token 0; negative: a virtual token."""

@@ -20,7 +20,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model.cache import Cache
 from tunesmith.model.layout import Layout
 from tunesmith.model.rope import rotary_tables
-from tunesmith.model.seam import Context
+from tunesmith.model.seam import Choice, Context
 
 if TYPE_CHECKING:
     from tunesmith.model.llama import Llama
@@ -58,24 +58,27 @@ def make_context(
     extra = sum(sizes[name] for chain in chains for name in chain)
     full = layout
     if extra:
-        choice = [kinds.index(names) for names in given]
-        full = layout.behind([[sizes[name] for name in chain] for chain in chains], choice)
+        which = [kinds.index(names) for names in given]
+        full = layout.behind([[sizes[name] for name in chain] for chain in chains], which)
     before = [sum(sizes[name] for name in chain) for chain in chosen]
     positions = full.position_array if cache is None else cache.begin(full, before)
     cos, sin = rotary_tables(model.config, torch.from_numpy(positions).to(model.device), model.dtype)
     device = model.device
+    owner = _owner(layout, kinds, given, chains, sizes)
+    choice = _choices(model, kinds, owner, device)
     held = np.repeat(before if cache is None or fresh else cache.virtual, layout.lengths)
     own = np.concatenate([np.full(extra, -1), positions[extra:] - held]) if extra or held.any() else positions
     return Context(
         full,
         cos,
         sin,
-        acting,
+        acting if acting is None else (*acting, *choice),
         cache,
-        _rows(layout, kinds, given, chains, sizes, device) if routes is not None else {},
+        _rows(kinds, owner, device) if routes is not None else {},
         _virtual(chains, sizes, device),
         extra,
         positions=torch.from_numpy(own).to(device),
+        choice=choice,
     )
 
 
@@ -114,20 +117,39 @@ def _virtual(chains: Sequence[Sequence[str]], sizes: dict[str, int], device: tor
     return {name: torch.stack(rows) for name, rows in found.items()}
 
 
-def _rows(
+def _owner(
     layout: Layout,
     kinds: Sequence[Names | None],
     given: Sequence[Names | None],
     chains: Sequence[Sequence[str]],
     sizes: dict[str, int],
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """The rows, virtual ones included, that each adapter acts on."""
+) -> np.ndarray:
+    """Of every row, virtual ones included, the number of its set of adapters in `kinds`."""
     owners: list[np.ndarray] = [np.repeat(i, sum(sizes[n] for n in chain)) for i, chain in enumerate(chains)]
     owners.append(np.repeat([kinds.index(names) for names in given], layout.lengths))
-    owner = np.concatenate(owners)
+    return np.concatenate(owners)
+
+
+def _rows(kinds: Sequence[Names | None], owner: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+    """The rows that each adapter acts on."""
     found = {}
     for name in sorted({name for kind in kinds if kind for name in kind}):
         acting = [i for i, kind in enumerate(kinds) if name in (kind or ())]
         found[name] = torch.from_numpy(np.flatnonzero(np.isin(owner, acting))).to(device)
+    return found
+
+
+def _choices(model: Llama, kinds: Sequence[Names | None], owner: np.ndarray, device: torch.device) -> dict[str, Choice]:
+    """Of every bank that is used, which member acts on which rows; members act only where they are named."""
+    found = {}
+    for bank, delta in model.model.embed.items():
+        members: dict[str, int] = getattr(delta, "members", {})
+        chosen = [[members[name] for name in kind or () if name in members] for kind in kinds]
+        if crowded := [kind for kind, some in zip(kinds, chosen, strict=True) if len(some) > 1]:
+            raise ModelError(
+                f"routes: {crowded[0]} are members of one bank, {bank!r}: one of them can act on a segment"
+            )
+        if any(chosen):
+            of_kind = np.array([some[0] if some else -1 for some in chosen])
+            found[bank] = Choice.of(of_kind[owner], device)
     return found
