@@ -264,6 +264,23 @@ def test_dropped_triplets_are_not_in_the_file(pruned: tuple[Path, torch.Tensor, 
         assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in tensors)
 
 
+def test_a_module_may_lose_all_its_ranks(tmp_path: Path) -> None:
+    reference("llama").save_pretrained(tmp_path / "base")
+    model = load_model(tmp_path / "base")
+    adapter = attach(model, ONE)
+    disturb(adapter)
+    delta = adapter.deltas["model.layers.1.mlp.down_proj.edit"]
+    delta.keep.fill_(False)
+    delta.prune()
+    folder = save(adapter, tmp_path / "ours")
+    peer = peft.PeftModel.from_pretrained(reference("llama"), folder).eval()
+    again = load_model(tmp_path / "base")
+    load_adapter(folder, again)
+    with torch.no_grad():
+        assert agree(peer(torch.arange(3, 60)[None]).logits[0], our_logits(model))
+    assert agree(our_logits(again), our_logits(model))
+
+
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
