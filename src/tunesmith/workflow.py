@@ -22,14 +22,15 @@ import tunesmith
 from tunesmith.adapters import Adapter
 from tunesmith.adapters.peft_format import save_adapter
 from tunesmith.compare.report import write_report
-from tunesmith.config import Run, load_run
+from tunesmith.config import Run
 from tunesmith.data.encode import Example, encode_prompt
-from tunesmith.errors import CheckpointError, ConfigError
+from tunesmith.errors import ConfigError
 from tunesmith.evaluate.language_model import language_model_metrics
 from tunesmith.evaluate.run import find_metric, measure
 from tunesmith.evaluate.subject import Subject
 from tunesmith.export.verify import verify_run, write_probe
-from tunesmith.files import atomic_folder, atomic_write_json, atomic_write_text, is_complete
+from tunesmith.files import atomic_folder, atomic_write_json, atomic_write_text
+from tunesmith.folders import as_begun, run_folder
 from tunesmith.inference.generate import generate
 from tunesmith.inference.sample import GenerationSettings
 from tunesmith.model.native import select
@@ -47,7 +48,7 @@ from tunesmith.prepare import (
     show_report,
     template_for,
 )
-from tunesmith.train.checkpoint import latest_checkpoint, seed_everything
+from tunesmith.train.checkpoint import seed_everything
 from tunesmith.train.guards import check_prompts, check_tokenizer_ids, explain_nonfinite
 from tunesmith.train.log import MetricsFile, Progress, check_trackers, open_trackers
 from tunesmith.train.loop import Plan, Trainer, make_plan, read_checkpoint
@@ -158,20 +159,6 @@ def _steps(run: Run, adapter: Adapter, data: Data) -> Plan:
     )
 
 
-def as_begun(run: Run, folder: Path) -> Run:
-    """The run with what its start chose by itself (RUN/config.yaml): memory or hardware may look different now."""
-    if not (folder / "config.yaml").is_file():
-        return run
-    begun, _ = load_run(folder / "config.yaml")
-    model, train = run.model, run.train
-    if model.dtype == "auto":
-        model = replace(model, dtype=begun.model.dtype)
-    if model.device == "auto":
-        model = replace(model, device=begun.model.device)
-    pack, rate = train.pack_tokens or begun.train.pack_tokens, train.learning_rate or begun.train.learning_rate
-    return replace(run, model=model, train=replace(train, pack_tokens=pack, learning_rate=rate))
-
-
 def _facts(outcome: Outcome, run: Run, planned: MemoryPlan, peak: int, trainable: int) -> dict[str, str]:
     """What the report says of the run in a table."""
     return {
@@ -183,52 +170,6 @@ def _facts(outcome: Outcome, run: Run, planned: MemoryPlan, peak: int, trainable
         "peak memory, GiB": f"{peak / GIB:.2f} (planned {planned.total / GIB:.2f})",
         "verified": "; ".join(outcome.checks),
     }
-
-
-def run_folder(run: Run) -> tuple[Path, Path | None]:
-    """The folder of the run, and the checkpoint to go on from. Raises ConfigError, CheckpointError."""
-    resume = run.train.resume
-    if resume is None:
-        return _new_folder(run), None
-    path = Path(resume)
-    if resume == "latest":
-        if run.name is None:
-            raise ConfigError("train.resume: give the run's name, or its folder: tunesmith train --resume runs/NAME")
-        path = Path(run.output_dir) / run.name
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such run folder to resume from")
-    if path.name.startswith("checkpoint-"):
-        if not is_complete(path):
-            raise CheckpointError(f"{path}: is not a complete checkpoint; resume from the run folder {path.parent}")
-        return path.parent, path
-    checkpoint = latest_checkpoint(path)
-    if checkpoint is None:
-        raise CheckpointError(
-            f"{path}: has no complete checkpoint to resume from, so nothing of it is lost: remove the folder and start "
-            "the run again"
-        )
-    return path, checkpoint
-
-
-# What a run that failed or was stopped before its first step leaves: another may begin there.
-_BEFORE_TRAINING = {"config.yaml", "before.json"}
-
-
-def _new_folder(run: Run) -> Path:
-    if run.name is not None:
-        folder = Path(run.output_dir) / run.name
-        found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        if folder.is_file() or found - _BEFORE_TRAINING:
-            way = f"go on with --resume {folder}" if latest_checkpoint(folder) else "remove that folder"
-            raise ConfigError(f"name: {folder} is there already; choose another name, or {way}")
-        return folder
-    parts = (Path(run.model.path).stem, Path(run.data.train).name.split(".")[0], str(run.adapter["kind"]))
-    stem = "-".join("".join(c if c.isalnum() or c in "._-" else "-" for c in part) for part in parts)
-    folder, number = Path(run.output_dir) / stem, 1
-    while folder.exists():
-        number += 1
-        folder = Path(run.output_dir) / f"{stem}-{number}"
-    return folder
 
 
 def _train(
