@@ -26,6 +26,8 @@ _MAX_PATTERN = 1000  # characters
 _MAX_REPEATS = 5  # in a pattern: every further one makes a failing match some 8 times as long (5: 2 ms a module)
 _MAX_REPEATS_OF_MANY, _MAX_REPEATING = 3, 50  # in each of several patterns, and patterns that have any
 _MOST_LISTED = 5
+# Files of weights as PEFT, pyreft, Lit-LLaMA and LitGPT save them.
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "intkey_*.bin", "*.pth", "*.pth.*")
 # Wrappers whose names end up in front of PEFT's keys when a wrapped model is saved.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "module.")
 
@@ -80,13 +82,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def refuse_pickle(folder: Path) -> None:
     """Raise AdapterError, with the command that converts, where the weights only exist as a pickle."""
-    for name in ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth"):
-        if (folder / name).is_file():
+    for pattern in _PICKLES:
+        for path in sorted(folder.glob(pattern)):
             raise AdapterError(
-                f"{folder / name}: a pickle, which can run code when opened, is not read; convert it "
-                'where you trust it, in its folder: python -c "import torch, safetensors.torch as s; '
-                "s.save_file({k: v.contiguous() for k, v in "
-                f"torch.load('{name}', map_location='cpu', weights_only=True).items()}}, 'adapter_model.safetensors')\""
+                f"{path}: a pickle, which can run code when opened, is not read; convert it where you trust it, with "
+                "the script in Tunesmith's repository (see docs/interchange.md): python tools/convert_adapter.py "
+                f"{folder} --out FOLDER"
             )
 
 
