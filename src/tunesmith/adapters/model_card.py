@@ -63,4 +63,4 @@ from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "FOLDER")
 ```
 """
-_OWN = "Hugging Face PEFT has no such method: `adapter.safetensors` and `tunesmith.json` are Tunesmith's own format.\n"
+_OWN = "Hugging Face PEFT cannot hold it: `adapter.safetensors` and `tunesmith.json` are Tunesmith's own format.\n"
