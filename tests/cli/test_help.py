@@ -14,7 +14,7 @@ from tunesmith.cli import main
 
 COMMANDS = [
     (), ("train",), ("finetune",), ("chat",), ("generate",), ("evaluate",), ("verify",), ("inspect",), ("merge",),
-    ("plan",), ("data",), ("data", "preview"), ("env",), ("demo",),
+    ("plan",), ("quantize",), ("data",), ("data", "preview"), ("env",), ("demo",),
 ]  # fmt: skip
 HEAVY = (
     "torch",
@@ -71,7 +71,7 @@ def test_help_names_every_command(capsys):
     assert all(f"\n  {command[0]} " in shown for command in COMMANDS if command)
 
 
-@pytest.mark.parametrize("command", ["compare", "serve", "export", "quantize", "predict"])
+@pytest.mark.parametrize("command", ["compare", "serve", "export", "predict"])
 def test_what_is_not_there_yet_is_no_command(command, capsys):
     assert main([command]) == 2
     assert "No such command" in capsys.readouterr().err

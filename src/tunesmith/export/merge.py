@@ -7,7 +7,7 @@ Rounding can swallow a small delta whole (bfloat16 keeps 8 bits), so every layer
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def merge_adapter(
     tensors, layers, config = merged_weights(model, adapter, chosen)
     probe = make_probe(rows if rows is not None else built_in_rows(tokenizer, model.config))
     with atomic_folder(out) as folder:
-        _write(folder, config, tensors, tokenizer, chosen)
+        write_model(folder, config, tensors, tokenizer, chosen)
         del tensors
         report = _compare(model, adapter, folder, probe, layers, chosen)
         if report.faults() and not force:
@@ -230,19 +230,29 @@ def _output_dtype(model: Llama, name: str) -> torch.dtype:
     if name != "auto":
         raise ConfigError(f"--dtype: {name!r} is not known; use auto, {', '.join(DTYPES)}")
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    own = [parameters[key] for key in model.config.weight_shapes()]
+    return narrowest([parameters[key] for key in model.config.weight_shapes()])
+
+
+def narrowest(tensors: Collection[Tensor]) -> torch.dtype:
+    """The first of bfloat16, float16 and float32 that holds all of these exactly."""
     for dtype in (torch.bfloat16, torch.float16):
-        if all(torch.equal(p.to(dtype).to(p.dtype), p) for p in own):
+        if all(torch.equal(p.to(dtype).to(p.dtype), p) for p in tensors):
             return dtype
     return torch.float32
 
 
-def _write(
-    folder: Path, config: ModelConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer, dtype: torch.dtype
+def write_model(
+    folder: Path,
+    config: ModelConfig,
+    tensors: dict[str, Tensor],
+    tokenizer: Tokenizer,
+    dtype: torch.dtype,
+    also: Mapping[str, Any] | None = None,
 ) -> None:
+    """Write a model folder in Hugging Face's layout; `also` goes into config.json."""
     name = str(dtype).removeprefix("torch.")
     said = config.to_hf()
-    atomic_write_json(folder / "config.json", {**said, "dtype": name, "torch_dtype": name})
+    atomic_write_json(folder / "config.json", {**said, "dtype": name, "torch_dtype": name, **(also or {})})
     eos = list(tokenizer.eos_ids) or list(config.eos_token_ids)
     ends = {"bos_token_id": said["bos_token_id"], "eos_token_id": eos or None, "pad_token_id": said["pad_token_id"]}
     atomic_write_json(

@@ -14,6 +14,9 @@ import torch
 from tunesmith.errors import ModelError
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.gguf_file import QUANT_TYPES, GgufFile, GgufTensor
+from tunesmith.quant.ggml import KINDS as GGML_KINDS
+from tunesmith.quant.ggml import Ggml
+from tunesmith.quant.storage import Storage
 
 _WHOLE = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -63,6 +66,7 @@ class GgufWeights:
     """Config, shapes and tensors of a GGUF file; see `load.Weights`."""
 
     kind = "gguf"
+    keeps = "Q4_0, Q4_1 and Q8_0"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -94,9 +98,31 @@ class GgufWeights:
         """Unmap the file."""
         self.file.close()
 
+    @property
+    def quantized(self) -> frozenset[str]:
+        """The weights that a storage can keep as they are, for `held`."""
+        return frozenset(
+            name
+            for name, theirs in self._names.items()
+            if len(self.shapes[name]) == 2 and self.file.tensors[theirs].quant_name in GGML_KINDS
+        )
+
+    def held(self, name: str) -> tuple[torch.Tensor, Storage]:
+        """Return a weight's own blocks, (rows, bytes of a row), and their storage. Raises ModelError for NaN scales."""
+        tensor = self.file.tensors[self._names[name]]
+        rows, columns = tensor.shape
+        packed = self._in_halves(name, torch.from_numpy(self.file.raw(tensor).copy()).view(rows, -1))
+        storage = Ggml(tensor.quant_name, (rows, columns))
+        if not bool(torch.isfinite(storage.scales(packed)).all()):
+            raise ModelError(f"{self.path}: {name} holds NaN or infinity; the file is damaged")
+        return packed.contiguous(), storage
+
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Return one tensor in `dtype`, under its Hugging Face name."""
-        tensor = _dequantize(self.file, self.file.tensors[self._names[name]], dtype)
+        return self._in_halves(name, _dequantize(self.file, self.file.tensors[self._names[name]], dtype))
+
+    def _in_halves(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """q's and k's rows (of weights, or of their packed bytes) in Hugging Face's order."""
         if self._interleaved and (".q_proj." in name or ".k_proj." in name):
             heads = self.config.num_attention_heads if ".q_proj." in name else self.config.num_key_value_heads
             return halves_from_pairs(tensor, heads)

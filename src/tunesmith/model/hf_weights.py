@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from tunesmith.errors import ModelError
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.fields import read_json
+from tunesmith.quant.files import Layout
+from tunesmith.quant.storage import Storage
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -37,11 +39,16 @@ class FolderWeights:
     """Config, shapes and tensors of a Hugging Face folder; see `load.Weights`."""
 
     kind = "safetensors"
+    keeps = "what bitsandbytes and tunesmith quantize write"
 
     def __init__(self, path: Path) -> None:
         self.path = path
         files = _weight_files(path)
-        self.config = ModelConfig.from_hf(read_json(path / "config.json"), str(path / "config.json"))
+        said = read_json(path / "config.json")
+        quantized = said.get("quantization_config") if isinstance(said, dict) else None
+        if quantized is not None:
+            said = {key: value for key, value in said.items() if key != "quantization_config"}
+        self.config = ModelConfig.from_hf(said, str(path / "config.json"))
         self._entries: dict[str, Entry] = {}
         for file in files:
             for name, entry in read_header(file).items():
@@ -52,36 +59,62 @@ class FolderWeights:
                 self._entries[name] = entry
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
         self._open: dict[Path, Any] = {}
+        self._layout = None if quantized is None else Layout(quantized, self.shapes, self._stored, str(path))
+        if self._layout is not None:
+            kept = {name: shape for name, shape in self.shapes.items() if name not in self._layout.companions}
+            self.shapes = {**kept, **self._layout.shapes}
 
     def close(self) -> None:
         """Let go of the files."""
         self._open.clear()
 
+    @property
+    def quantized(self) -> frozenset[str]:
+        """The names of the weights that are stored in few bits, for `held`."""
+        return frozenset() if self._layout is None else frozenset(self._layout.shapes)
+
+    def held(self, name: str) -> tuple[torch.Tensor, Storage]:
+        """Return the packed numbers of a quantized weight, and their storage."""
+        if self._layout is None:
+            raise ModelError(f"{self.path}: {name} is not quantized")
+        return self._layout.held(name)
+
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Return a copy of one tensor in `dtype`."""
         entry = self._entries[name]
+        if name in self.quantized:
+            packed, storage = self.held(name)
+            return storage.dense(packed, dtype)
         if entry.dtype not in _WIDTHS:
             raise ModelError(
                 f"{entry.file}: {name} is stored as {entry.dtype}: a quantized model; use the original (F32, F16, BF16)"
             )
+        return torch.empty(entry.shape, dtype=dtype).copy_(self._mapped(name))
+
+    def _mapped(self, name: str) -> torch.Tensor:
+        """A tensor over the mapped file, which may be overwritten while the model lives: copy it."""
+        entry = self._entries[name]
         try:
             if entry.file not in self._open:
                 self._open[entry.file] = safe_open(entry.file, framework="pt")
-            mapped = self._open[entry.file].get_tensor(name)
+            return self._open[entry.file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{entry.file}: {str(error)[:120]}; download it again") from None
-        # A copy: the mapped file may be overwritten while the model lives.
-        return torch.empty(entry.shape, dtype=dtype).copy_(mapped)
+
+    def _stored(self, name: str) -> torch.Tensor:
+        """A copy of a tensor as it is stored."""
+        return self._mapped(name).clone()
 
     def sample(self, name: str) -> tuple[str, bytes]:
         """Return (stored type, a few of its bytes)."""
-        entry = self._entries[name]
+        parts = sorted(self._layout.parts(name)) if self._layout is not None and name in self.quantized else []
         out = b""
-        with open(entry.file, "rb") as stream:
-            for at in (0, entry.size // 2, max(0, entry.size - 64)):
-                stream.seek(entry.start + at)
-                out += stream.read(min(64, entry.size - at))
-        return entry.dtype, out
+        for entry in (self._entries[part] for part in (name, *parts)):
+            with open(entry.file, "rb") as stream:
+                for at in (0, entry.size // 2, max(0, entry.size - 64)):
+                    stream.seek(entry.start + at)
+                    out += stream.read(min(64, entry.size - at))
+        return self._entries[name].dtype, out
 
 
 def read_header(path: Path) -> dict[str, Entry]:

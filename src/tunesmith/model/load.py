@@ -20,11 +20,13 @@ from typing import Any, Protocol
 import torch
 
 from tunesmith.errors import ModelError
+from tunesmith.files import MARKER, damage
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.gguf_weights import GgufWeights
 from tunesmith.model.hf_weights import FolderWeights, refuse_pickle
 from tunesmith.model.linear import Linear
 from tunesmith.model.llama import Llama
+from tunesmith.model.random_weights import RANDOM, RandomWeights
 from tunesmith.quant.storage import Spec, Storage, quantize_weight
 
 # Tensors that old files carry and that follow from the config.
@@ -41,9 +43,17 @@ class Weights(Protocol):
     """A model's files: `shapes` by Hugging Face name, each tensor read on demand. Close it after use."""
 
     kind: str
+    keeps: str  # the kinds of storage that `held` knows, in words
     path: Path
     config: ModelConfig
     shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def quantized(self) -> frozenset[str]:
+        """The weights that the file stores in few bits, in a way that a storage can keep."""
+
+    def held(self, name: str) -> tuple[torch.Tensor, Storage]:
+        """Return the packed numbers of a quantized weight, and their storage."""
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Return one tensor in `dtype`."""
@@ -58,6 +68,8 @@ class Weights(Protocol):
 def open_weights(path: Path) -> Weights:
     """Open a Hugging Face folder or a .gguf file and check its index; ModelError says what else it is."""
     path = Path(path)
+    if (path / RANDOM).is_file():
+        return RandomWeights(path)
     if path.is_dir():
         return FolderWeights(path)
     if not path.exists():
@@ -91,6 +103,7 @@ def load_model(
     weights = open_weights(path)
     try:
         _check_names(weights)
+        _check_hashes(weights)
         tensors, held = _read_all(weights, dtype, torch.device(device), quant)
     finally:
         weights.close()
@@ -108,6 +121,11 @@ def load_model(
     model.tie_weights()
     model.requires_grad_(False)
     return model.eval()
+
+
+def is_block_linear(name: str) -> bool:
+    """Is a tensor of this name the weight of a linear of a decoder block?"""
+    return _BLOCK_LINEAR.fullmatch(name) is not None
 
 
 def model_identity(path: Path, quant: Spec | None = None) -> dict[str, Any]:
@@ -159,9 +177,13 @@ def _read_all(
 
     Returns the dense tensors, and apart those that are held in a storage.
     """
+    keep = _kept(weights, quant)
 
     def read(name: str) -> tuple[torch.Tensor | Held, bool]:
-        if quant is None or not _BLOCK_LINEAR.fullmatch(name):
+        if name in keep:
+            packed, storage = weights.held(name)
+            return (packed.to(device), storage.to(device)), True
+        if quant is None or not is_block_linear(name):
             tensor = weights.read(name, dtype)
             return tensor.to(device), _finite(tensor)
         tensor = weights.read(name, torch.float32)
@@ -182,6 +204,36 @@ def _read_all(
     if weights.config.tie_word_embeddings and "lm_head.weight" in weights.shapes:
         _check_tied(weights, tensors["model.embed_tokens.weight"], dtype)
     return tensors, held
+
+
+def _check_hashes(weights: Weights) -> None:
+    """A wrong bit of packed numbers is a valid number: a quantized folder is held against the hashes beside it."""
+    if weights.kind == "safetensors" and weights.quantized and (weights.path / MARKER).is_file():
+        wrong = damage(weights.path)
+        if wrong is not None:
+            raise ModelError(f"{wrong}; copy the folder again, or run tunesmith quantize again")
+
+
+def _kept(weights: Weights, quant: Spec | None) -> frozenset[str]:
+    """The weights that stay in the file's own few bits: a quantized folder's always, a GGUF's where that is asked for.
+
+    Raises ModelError where something else is asked for than the file has.
+    """
+    blocks = frozenset(name for name in weights.quantized if is_block_linear(name))
+    if quant is None:
+        return blocks if weights.kind == "safetensors" else frozenset()
+    if quant.kind != "keep":
+        if weights.quantized and weights.kind == "safetensors":
+            raise ModelError(f"{weights.path}: is quantized already; leave quant.kind out, or use the original")
+        return frozenset()
+    dense = [name for name in weights.shapes if is_block_linear(name) and name not in blocks]
+    if dense:
+        stored = weights.sample(dense[0])[0]
+        raise ModelError(
+            f"{weights.path}: quant.kind: keep knows {weights.keeps}; {dense[0]} is stored as {stored} ({len(dense)} "
+            "such weights): choose quant.kind=nf4, or none"
+        )
+    return blocks
 
 
 def _check_tied(weights: Weights, embedding: torch.Tensor, dtype: torch.dtype) -> None:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tunesmith.model.native import kernels_for, or_null
+from tunesmith.quant.ggml import Ggml
 from tunesmith.quant.storage import Blockwise, Int8, Storage
 
 FEW = 8  # rows of x that a native product takes at once: for more, one dense matrix is faster
@@ -106,6 +107,13 @@ _WAYS = (
         _blockwise,
         lambda s: (s.shape[0] * s.shape[1], s.code_bits, s.block),
         lambda s: (s.code_bits, s.block),
+    ),
+    _Way(
+        Ggml,
+        "ggml",
+        lambda packed, s: (packed,),
+        lambda s: (s.shape[0] * s.shape[1] // 32, s.number),
+        lambda s: (s.number,),
     ),
     _Way(Int8, "rows", lambda packed, s: (packed, s.absmax), lambda s: s.shape, lambda s: ()),
 )
