@@ -98,8 +98,9 @@ def faults(line: str) -> list[str]:
 
 
 def is_key(section: str, key: str) -> bool:
-    known = adapters.find_method("lora").settings if section == "adapter" else SECTIONS[section]
-    return key in known.__dataclass_fields__ or (section, key) == ("adapter", "kind")
+    methods = [adapters.find_method(kind).settings for kind in adapters.kinds()]
+    known = methods if section == "adapter" else [SECTIONS[section]]
+    return any(key in one.__dataclass_fields__ for one in known) or (section, key) == ("adapter", "kind")
 
 
 def run_code(code: str, folder: Path, given: dict[str, object] | None = None) -> dict[str, object]:

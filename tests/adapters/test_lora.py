@@ -13,7 +13,9 @@ from tunesmith.adapters import attach, find_method
 from tunesmith.adapters.lora import LoRADelta, LoRASettings, scale_of
 from tunesmith.errors import AdapterError, ConfigError
 from tunesmith.model.llama import Llama
+from tunesmith.model.quantize import quantize
 from tunesmith.model.shapes import shape
+from tunesmith.quant.storage import Spec
 
 PATH = "model.layers.0.mlp.down_proj"
 PLACE = f"{PATH}.edit"
@@ -111,6 +113,15 @@ def test_pissa_learns_as_peft_does_after_the_same_step() -> None:
     disturb(adapter)
     residual = before - 2 * (delta.B0 @ delta.A0)
     assert torch.allclose(delta.fold(before, None)[0], residual + 2 * (delta.B @ delta.A), atol=1e-12)
+
+
+def test_pissa_starts_at_the_principal_part_of_a_quantized_weight() -> None:
+    """Of what the base computes with, not of its packed numbers."""
+    model = quantize(build(), Spec("nf4", 16))
+    delta = attach(model, {"kind": "lora", "rank": 4, "init": "pissa"}).deltas[PLACE]
+    weight = model.get_submodule(PATH).dense_weight(torch.float64)
+    u, s, v = torch.linalg.svd(weight)
+    assert torch.allclose(2 * delta.B @ delta.A, u[:, :4] @ torch.diag(s[:4]) @ v[:4], atol=1e-5)
 
 
 def test_dropout_acts_in_training_on_the_adapters_input_only() -> None:

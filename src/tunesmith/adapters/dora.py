@@ -78,7 +78,7 @@ class DoRA(LoRA):
 
     def delta(self, linear: Linear, rank: int, scale: float, settings: LoRASettings) -> LoRADelta:
         """The delta on one linear, as it starts."""
-        A, B, _ = start_of(linear.dense_weight(), rank, scale, settings.init)
+        A, B, _ = start_of(linear, rank, scale, settings.init)
         return DoRADelta(A, B, scale, settings.dropout, linear.dense_weight())
 
     def check(self, model: Llama, settings: LoRASettings, targets: Mapping[str, nn.Module]) -> None:

@@ -167,7 +167,7 @@ class LoRA:
 
     def delta(self, linear: Linear, rank: int, scale: float, settings: LoRASettings) -> LoRADelta:
         """The delta on one linear, as it starts."""
-        A, B, start = start_of(linear.dense_weight(), rank, scale, settings.init)
+        A, B, start = start_of(linear, rank, scale, settings.init)
         return LoRADelta(A, B, scale, settings.dropout, start)
 
     def unfreeze(self, model: Llama, settings: LoRASettings) -> Iterator[str]:
@@ -212,8 +212,8 @@ class LoRA:
             )
         for path, module in targets.items() if settings.init == "pissa" else ():
             rank = by_pattern(settings.rank_pattern, path, settings.rank)
-            most = min(module.get_parameter("weight").shape)
-            if path == EMBEDDING or rank > most:
+            most = min(module.in_features, module.out_features) if isinstance(module, Linear) else 0
+            if rank > most:
                 raise AdapterError(
                     f"adapter.init: pissa has no start of rank {rank} for {path} (linears only, at most {most}): "
                     "use another init, rank_pattern or target_modules"
@@ -228,14 +228,14 @@ def scale_of(settings: LoRASettings, path: str) -> float:
     return alpha / (math.sqrt(rank) if settings.rslora else rank)
 
 
-def start_of(weight: Tensor, rank: int, scale: float, init: str) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+def start_of(linear: Linear, rank: int, scale: float, init: str) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """A, B and, for PiSSA, copies of them to subtract. On the meta device, shapes alone."""
-    device = "meta" if weight.is_meta else "cpu"
-    (out, inside), start = weight.shape, None
-    A, B = torch.empty(rank, inside, device=device), torch.zeros(out, rank, device=device)
+    device, start = "meta" if linear.weight.is_meta else "cpu", None
+    A = torch.empty(rank, linear.in_features, device=device)
+    B = torch.zeros(linear.out_features, rank, device=device)
     if init == "pissa":
-        if not weight.is_meta:
-            A, B = _principal(weight, rank, scale)
+        if not linear.weight.is_meta:
+            A, B = _principal(linear.dense_weight(), rank, scale)
         start = A.clone(), B.clone()
     elif init == "gaussian":
         nn.init.normal_(A, std=1 / rank)
