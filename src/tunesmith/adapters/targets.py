@@ -116,6 +116,7 @@ def _ending(key: str) -> re.Pattern[str]:
 
 
 def check_layers(model: Llama, layers: Sequence[int], where: str) -> None:
+    """Raise AdapterError for a layer that this model has not."""
     count = model.config.num_hidden_layers
     for layer in layers:
         if not 0 <= layer < count:
