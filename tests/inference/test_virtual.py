@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.inference.test_chat import ask, fresh, user
-from tests.laws.small import build, disturb, logits_of
+from tests.laws.small import build, disturb, logits_of, run_packs
 from tests.tiny import words, write_rows
 from torch import Tensor
 
@@ -118,6 +118,21 @@ def test_scores_are_those_of_full_passes(twins, prompts: list[list[int]], name: 
     finally:
         for place in adapter.deltas:
             del model.get_submodule(place)["a"]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_conversation_is_learned_as_it_is_said(twins_maker, name: str) -> None:
+    """The loss of its three answers is that of each behind all that was said before it."""
+    model = twins_maker().ours
+    adapter = attached(model, SPECS[name])[0]
+    draw = np.random.default_rng(2)
+    ids, answers = draw.integers(0, 97, 40), ((9, 14), (20, 22), (30, 40))
+    told = np.any([(np.arange(40) >= a) & (np.arange(40) < b) for a, b in answers], axis=0)
+    packs = plan_packs([Example(ids.astype(np.int32), told, "")], budget=1000, needs=model.needs())
+    assert sum(len(pack.tokens) for pack in packs) < 90, "what is alike is computed once"
+    loss = run_packs(model, packs, adapter)[0]
+    said = [score_continuations(model, [ids[:a].tolist()], [[ids[a:b].tolist()]])[0] for a, b in answers]
+    assert loss == pytest.approx(-float(sum(said)) / told.sum(), rel=1e-10)
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -1,12 +1,13 @@
 """Prompt tuning: trained embeddings before every example, and nothing else   (arXiv:2104.08691).
 
     [ P_1 ... P_V | x_1 ... x_n ]                       P: (virtual_tokens, hidden)
-    [ P_1 ... P_V | question | I_1 ... I_m | answer ]   I: (infix_tokens, hidden), before every answer
+    [ P_1 ... P_V | question | I_1 ... I_m | answer ]   I: (infix_tokens, hidden), before the answer
 
-With infix tokens it is prefix-embedding tuning (the baseline of arXiv:2106.09685); those are our own as to where they
-stand, and PEFT has none. Virtual tokens have positions and cache slots of their own: an example's first token is at
-position V. Rows start at embeddings of tokens drawn from the vocabulary, at those of a text (`init_text`), or, with
-`init: normal`, at N(0, s^2), s the root mean square of the embedding's values.
+With infix tokens it is prefix-embedding tuning (the baseline of arXiv:2106.09685). Where they stand is our own choice:
+before the answer that is learned or generated, not before earlier ones of a conversation. PEFT has none. Virtual tokens
+have positions and cache slots of their own: an example's first token is at position V. Rows start at embeddings of
+tokens drawn from the vocabulary, at those of a text (`init_text`), or, with `init: normal`, at N(0, s^2), s the root
+mean square of the embedding's values.
 
 Never the identity, since every virtual token takes a share of the attention, and never mergeable.
 """
@@ -38,7 +39,7 @@ class PromptSettings(StartSettings):
     """Settings under `adapter:` for `kind: prompt`."""
 
     virtual_tokens: int = Field(default=20, ge=0, description="Virtual tokens before every example.")
-    infix_tokens: int = Field(default=0, ge=0, description="Virtual tokens before every answer.")
+    infix_tokens: int = Field(default=0, ge=0, description="Virtual tokens before the answer.")
 
     @model_validator(mode="after")
     def _some(self) -> PromptSettings:

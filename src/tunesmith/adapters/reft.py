@@ -7,10 +7,10 @@
 R is the Gram-Schmidt of the trained matrix, so its rows are orthonormal whatever a step does, and after every step the
 trained matrix becomes R. A place has 2 rank hidden + rank values; first and last tokens have one each, unless `tied`.
 
-A prompt of n tokens is edited at its first p = `first_positions` and its last s = `last_positions`; where n < p + s, at
-its first min(p, floor(n / 2)) and its last min(s, ceil(n / 2)). In a conversation that is learned from, a prompt is all
-that stands before an answer, and each answer has its own. Answers are never edited, so generation costs nothing. At the
-last layer nothing reads what stands at the first tokens, so those are not edited there.
+A prompt of n tokens is edited at its first p = `first_positions` and its last s = `last_positions`; where it is too
+short for both, n < p + s, at its first min(p, floor(n / 2)) and its last min(s, ceil(n / 2)). All that stands before an
+answer is its prompt, earlier answers of a conversation included. The answer itself is never edited, so generation costs
+nothing. At the last layer nothing reads what stands at the first tokens, so those are not edited there.
 
 Never the identity at the start, and never mergeable: it acts on some tokens only. PEFT has no such method.
 """
@@ -133,7 +133,7 @@ def ends_of_prompts(position: Tensor, to_answer: Tensor, first: int, last: int) 
     `position` counts from 0, `to_answer` down to 1, known where the prompt has at most first + last tokens.
     """
     length = position + to_answer
-    short = (to_answer > 0) & (length < first + last)
+    short = (to_answer > 0) & (length < first + last) & bool(first and last)
     half = length // 2
     front = torch.where(short, half.clamp(max=first), first)
     back = torch.where(short, (length - half).clamp(max=last), last)
@@ -169,6 +169,8 @@ class Reft:
         if settings.rank > hidden:
             raise AdapterError(f"adapter.rank: {settings.rank} dimensions of a hidden size of {hidden}; give fewer")
         layers = range(count) if settings.layers_to_transform is None else settings.layers_to_transform
+        if not layers:
+            raise AdapterError("adapter.layers_to_transform: an empty list selects no layer; leave it out for all")
         check_layers(model, layers, "adapter")
         found = {layer: _parts(settings, layer == count - 1) for layer in sorted(set(layers))}
         if not any(found.values()):

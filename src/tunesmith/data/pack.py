@@ -30,7 +30,7 @@ class Pack:
     """One row of the packed step: `tokens` (T,), their `layout`, and the targets.
 
     Position `where[i]` is to predict token `target[i]` with weight `weight[i]`, each (n,). `examples` are the packed
-    examples' indices, and `rows[j]` the positions of example j's tokens, in order.
+    examples' indices, and `rows[j]` the positions of the tokens of the one that stands j-th there, in order.
     """
 
     tokens: Tensor
@@ -99,10 +99,11 @@ def plan_packs(
     filled.
 
     `max_rows` bounds the examples of a pack. An example longer than the budget has a pack to itself. Empty examples
-    vanish. `needs`: what the attached adapters must find in the row (`Llama.needs`).
+    vanish. `needs`: what the attached adapters must find in the row (`Llama.needs`); where prompts' ends matter, an
+    example with several answers is as many, each behind all that comes before it.
     """
-    if needs.infix:
-        examples = [with_infix(e, needs.infix) if len(e.ids) else e for e in examples]
+    parts = [(i, part) for i, e in enumerate(examples) for part in (each_answer(e) if needs != NOTHING else [e])]
+    examples = [with_infix(e, needs.infix) if needs.infix and len(e.ids) else e for _, e in parts]
     marks = [answer_ends(e, needs.ends) for e in examples]
     # What is edited differently is not the same token, so it is not shared: marks stand above the ids' 32 bits.
     keys = [e.ids + (mark << 32) for e, mark in zip(examples, marks, strict=True)]
@@ -110,7 +111,8 @@ def plan_packs(
     if share:  # neighbours share the most
         indices.sort(key=lambda i: keys[i].tolist())
     groups = _divide(keys, indices, budget, max_rows, share)
-    return [_build(examples, keys, marks if needs.ends else None, group, share, device) for group in groups]
+    packs = [_build(examples, keys, marks if needs.ends else None, group, share, device) for group in groups]
+    return [replace(pack, examples=tuple(parts[i][0] for i in pack.examples)) for pack in packs]
 
 
 def _build(
@@ -143,6 +145,17 @@ def _build(
         tuple(indices),
         tuple(rows),
     )
+
+
+def each_answer(example: Example) -> list[Example]:
+    """Of every answer an example that ends with it, and has it alone to learn: so it is generated, too."""
+    starts = _answers(example)
+    if len(starts) == 1:
+        return [example]
+    place = np.arange(len(example.ids))
+    ends = np.flatnonzero(example.supervised & ~np.append(example.supervised[1:], False)) + 1
+    cuts = zip(starts, ends, strict=True)
+    return [replace(example, ids=example.ids[:b], supervised=(place >= a)[:b]) for a, b in cuts]
 
 
 def with_infix(example: Example, infix: int) -> Example:
