@@ -31,8 +31,9 @@ from tunesmith.data.templates import from_dict, get_template
 from tunesmith.errors import AdapterError, ConfigError, TokenizerError, did_you_mean
 from tunesmith.inference.sample import GenerationSettings
 from tunesmith.model.quantize import quant_of, spec_of
-from tunesmith.prepare import Loaded, held_out_rows, load_base, load_data, template_for
+from tunesmith.prepare import Loaded, held_out_rows, load_base, load_data, sizes_and_tokenizer, template_for
 from tunesmith.quant.storage import Spec
+from tunesmith.scratch import base_in
 from tunesmith.workflow import Outcome, train_run
 
 if TYPE_CHECKING:
@@ -295,11 +296,9 @@ def preview_data(run: Run, *, rows: int = 3, as_json: bool = False) -> None:
     """Print the first rows of a run's data with what is supervised, and the counts; loads the tokenizer only."""
     from rich.console import Console as RichConsole
 
-    from tunesmith.data.catalog import resolve_model
     from tunesmith.data.preview import preview
-    from tunesmith.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(resolve_model(run.model.path, revision=run.model.revision))
+    _, tokenizer = sizes_and_tokenizer(run.model)
     data = load_data(run, tokenizer, template_for(run, tokenizer))
     shown = RichConsole(highlight=False)
     if as_json:
@@ -346,7 +345,8 @@ def _quant(asked: str | Mapping[str, Any] | None, infos: Mapping[str, AdapterInf
 
 def _base_of(infos: Mapping[str, AdapterInfo]) -> str:
     """The base that the adapters name. Raises ConfigError where they name none, or different ones."""
-    bases = {info.base for info in infos.values() if info.base}
+    named = {base_in(info.folder.parent) or info.base for info in infos.values()}
+    bases = {str(base) for base in named if base}
     if len(bases) != 1:
         found = f"they name {', '.join(sorted(bases))}" if bases else "none is named"
         raise ConfigError(f"which base model? {found}; say it with --model (or --base)")

@@ -37,7 +37,7 @@ def run_folder(run: Run) -> tuple[Path, Path | None]:
 
 
 # What a run that failed or was stopped before its first step leaves: another may begin there.
-_BEFORE_TRAINING = {"config.yaml", "before.json"}
+_BEFORE_TRAINING = {"config.yaml", "before.json", "base"}
 
 
 def _new_folder(run: Run) -> Path:

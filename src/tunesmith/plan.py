@@ -8,9 +8,7 @@ import torch
 
 from tunesmith.adapters import attach
 from tunesmith.config import Run
-from tunesmith.data.catalog import resolve_model
 from tunesmith.model.llama import Llama
-from tunesmith.model.load import load_config
 from tunesmith.prepare import (
     base_of,
     check_precision,
@@ -18,9 +16,10 @@ from tunesmith.prepare import (
     choose_dtype,
     load_data,
     memory_job,
+    sizes_and_tokenizer,
     template_for,
 )
-from tunesmith.tokenizer import load_tokenizer
+from tunesmith.scratch import check_trains_all
 from tunesmith.train.loop import make_plan
 from tunesmith.train.memory import GIB, usable_memory
 from tunesmith.train.memory import plan as plan_memory
@@ -28,16 +27,16 @@ from tunesmith.train.memory import plan as plan_memory
 
 def plan_run(run: Run) -> dict[str, Any]:
     """Steps, tokens, trained parameters and memory by part (GiB). Raises OutOfMemory where not even one row fits."""
-    path = resolve_model(run.model.path, revision=run.model.revision)
-    tokenizer = load_tokenizer(path)
+    config, tokenizer = sizes_and_tokenizer(run.model)
     data = load_data(run, tokenizer, template_for(run, tokenizer))
     device = choose_device(run.model.device)
     dtype = choose_dtype(base_of(run).dtype, device)
     with torch.device("meta"):
-        model = Llama(load_config(path)).to(dtype)
+        model = Llama(config).to(dtype)
     model.requires_grad_(False)
     adapter = attach(model, run.adapter, seed=run.train.seed, encode=tokenizer.encode)
     check_precision(adapter)
+    check_trains_all(run.model, model, adapter)
     job, why = memory_job(run, model, adapter, data, device)
     steps = make_plan(
         run.train,

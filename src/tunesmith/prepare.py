@@ -22,12 +22,14 @@ from tunesmith.data.sources import Splits, read_rows, read_splits, split_rows
 from tunesmith.data.templates import get_template
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.hardware import recommended_dtype
+from tunesmith.model.config import ModelConfig
 from tunesmith.model.llama import Llama
 from tunesmith.model.load import load_config, load_model, model_identity
 from tunesmith.model.native import built
 from tunesmith.model.quantize import spec_of, weight_bytes
 from tunesmith.model.sparse import Pattern, pattern_of, said
 from tunesmith.quant.storage import Spec
+from tunesmith.scratch import describe, is_random, write_base
 from tunesmith.tokenizer import Tokenizer, check_fits, load_tokenizer
 from tunesmith.train.memory import (
     LINEARS,
@@ -84,11 +86,25 @@ def load_base(section: ModelSection, quant: Spec | None = None) -> Loaded:
     return Loaded(section.path, path, model, tokenizer, model_identity(path, quant), section.revision)
 
 
-def base_for(run: Run, loaded: Loaded | None = None) -> Loaded:
-    """The run's base (`loaded`, if it is there already) with the run's attention."""
-    loaded = loaded or load_base(base_of(run), spec_of(run.quant))
+def base_for(run: Run, folder: Path, loaded: Loaded | None = None, resumed: bool = False) -> Loaded:
+    """The run's base (`loaded`, if it is there already) with the run's attention; a random one is written to `folder`.
+
+    A `resumed` run has the one that is there.
+    """
+    if loaded is None:
+        section = base_of(run)
+        section = write_base(section, run.train.seed, folder, resumed) if is_random(section) else section
+        loaded = load_base(section, spec_of(run.quant))
     loaded.model.pattern = pattern_of(run.model.attention, loaded.model.config.num_key_value_heads)
     return loaded
+
+
+def sizes_and_tokenizer(section: ModelSection) -> tuple[ModelConfig, Tokenizer]:
+    """What is known of a base without its weights. Raises CatalogError, ModelError, TokenizerError, ConfigError."""
+    if is_random(section):
+        return describe(section)
+    path = resolve_model(section.path, revision=section.revision)
+    return load_config(path), load_tokenizer(path)
 
 
 def base_of(run: Run) -> ModelSection:

@@ -48,6 +48,7 @@ from tunesmith.prepare import (
     show_report,
     template_for,
 )
+from tunesmith.scratch import check_trains_all
 from tunesmith.train.checkpoint import seed_everything
 from tunesmith.train.guards import check_prompts, check_tokenizer_ids, explain_nonfinite
 from tunesmith.train.log import MetricsFile, Progress, check_trackers, open_trackers
@@ -84,12 +85,13 @@ def train_run(run: Run, console: Console, loaded: Loaded | None = None) -> Outco
     if checkpoint is not None:
         run = as_begun(run, folder)
     _check_names(run)
-    loaded = base_for(run, loaded)
+    loaded = base_for(run, folder, loaded, checkpoint is not None)
     loaded.template = template_for(run, loaded.tokenizer)
     data = load_data(run, loaded.tokenizer, loaded.template)
     _check_data(run, loaded, data, console)
     adapter = loaded.adapters.get("default") or attach_adapter(run, loaded)
     check_precision(adapter)
+    check_trains_all(run.model, loaded.model, adapter)
     if line := check_prompts(adapter.kind, loaded.model.needs((adapter.name,)), data.train.examples):
         _say(console, f"train: {line}")
     job, why = memory_job(run, loaded.model, adapter, data)
@@ -317,7 +319,7 @@ def save_run_adapter(run: Run, loaded: Loaded, adapter: Adapter, data: Data, fol
         save_adapter(
             target,
             adapter,
-            base=run.model.path,
+            base=loaded.name,
             identity=loaded.identity,
             template=loaded.template.to_dict(),
             tokenizer=loaded.tokenizer.fingerprint(),

@@ -83,6 +83,14 @@ class ModelSection:
         default="auto",
         description="Precision of the frozen weights; auto is bfloat16 where the hardware is fast in it.",
     )
+    init: Literal["weights", "random"] = Field(
+        default="weights",
+        description="random trains from scratch, with `adapter: full`: `path` is then the name of a known shape, a "
+        "config.json, or a model whose sizes are taken, and the weights are drawn from `train.seed`.",
+    )
+    tokenizer: str | None = Field(
+        default=None, min_length=1, description="With `init: random`, the model or folder whose tokenizer is used."
+    )
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
@@ -91,6 +99,12 @@ class ModelSection:
     attention: Annotated[AttentionSettings | None, BeforeValidator(read_attention)] = Field(
         default=None, description="Sparse attention, such as `{pattern: local, window: 256}`; none: full."
     )
+
+    @model_validator(mode="after")
+    def _own_tokenizer(self) -> Self:
+        if self.tokenizer is not None and self.init != "random":
+            raise ValueError("tokenizer: a model is used with its own; another one goes with init: random alone")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

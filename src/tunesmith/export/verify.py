@@ -27,6 +27,7 @@ from tunesmith.export.probe import PROBE, Probe, built_in_rows, make_probe, read
 from tunesmith.export.replay import Request, replay, replay_in_child
 from tunesmith.files import atomic_write_json
 from tunesmith.model.load import load_config, model_identity
+from tunesmith.model.random_weights import RANDOM
 from tunesmith.tokenizer import load_tokenizer
 
 __all__ = ["Check", "VerifyReport", "verify_adapter", "verify_path", "verify_run", "write_probe"]
@@ -78,7 +79,9 @@ def verify_run(run: Path, *, base: str | Path | None = None, fresh: bool = True)
             f"{run}: holds no adapter/ folder: not a finished run; go on with tunesmith train --resume {run}"
         )
     settings = read_yaml(run / "config.yaml").get("model", {}) if (run / "config.yaml").is_file() else {}
-    if base is None:
+    if base is None and (run / "base" / RANDOM).is_file():
+        found = run / "base"  # it began from random weights
+    elif base is None:
         found = _resolve(settings.get("path") or read_info(adapter).base, settings.get("revision"), run)
     else:
         found = resolve_model(base)

@@ -68,7 +68,7 @@ class Weights(Protocol):
 def open_weights(path: Path) -> Weights:
     """Open a Hugging Face folder or a .gguf file and check its index; ModelError says what else it is."""
     path = Path(path)
-    if (path / RANDOM).is_file():
+    if (path / RANDOM).is_file() and not any(path.glob("*.safetensors")):
         return RandomWeights(path)
     if path.is_dir():
         return FolderWeights(path)
