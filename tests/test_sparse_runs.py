@@ -93,13 +93,21 @@ def test_it_changes_the_run_and_a_rerun_repeats_it(train) -> None:
     assert files["local"] == files["again"] and len(set(files.values())) == 3
 
 
-def test_training_goes_on_with_the_attention_that_was_loaded(train, tiny_reviews, tmp_path) -> None:
+def test_a_loaded_model_trains_with_the_attention_that_is_asked_for_or_its_own(
+    train, tiny_base, tiny_reviews, tmp_path
+) -> None:
+    given = {
+        "max_steps": 1, "samples": 0, "template": "alpaca-short", "cutoff": 128, "output_dir": str(tmp_path),
+        "train__pack_tokens": 256,
+    }  # fmt: skip
     loaded = api.load(train(LOCAL))
-    more = api.train(
-        loaded, tiny_reviews, max_steps=1, samples=0, template="alpaca-short", cutoff=128, name="more",
-        output_dir=str(tmp_path), train__pack_tokens=256,
-    )  # fmt: skip
+    more = api.train(loaded, tiny_reviews, name="own", **given)
     assert load_run(more.folder / "config.yaml")[0].model.attention.to_dict() == LOCAL
+    fresh = api.load(tiny_base)
+    api.attach(fresh, "lora", rank=2)
+    other = api.train(fresh, tiny_reviews, name="asked", model__attention=S2, **given)
+    assert fresh.model.pattern is not None and fresh.model.pattern.settings == S2
+    assert json.loads((other.folder / "adapter" / "tunesmith.json").read_text())["attention"] == S2
 
 
 def test_a_pattern_that_does_nothing_is_said(command, tiny_base, tiny_reviews, tmp_path) -> None:

@@ -109,8 +109,10 @@ def test_operators_pass_torchs_own_checks() -> None:
     tiles = list(Layout.of([4, 3], [-1, 0]).tiles())
     out, sums = tiled_attention(q, k, v, tiles)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(tiled_attention, (q, k, v, tiles), test_utils=checks)
-    torch.library.opcheck(tiled_attention_backward, (grad, q, k, v, out, sums, tiles), test_utils=checks)
+    for more in ((), (True,), (False, 0.5, torch.tensor(3))):
+        torch.library.opcheck(tiled_attention, (q, k, v, tiles, *more), test_utils=checks)
+        given = (grad, q, k, v, out, sums, tiles, *more[1:])
+        torch.library.opcheck(tiled_attention_backward, given, test_utils=checks)
 
 
 def test_huge_scores_do_not_overflow() -> None:
