@@ -27,7 +27,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"^\s*(?:[$#]\s+)?tunesmith\s+(.*)$")
 SETTING = re.compile(r"(?<![\w./-])(model|data|train|evaluate|log|adapter)\.(\w+)=")
 WRONG = ["chatt runs/A", "chat runs/A --colour", "data show x", "train train.epoch=3", "merge -q"]
-MODULES = {"model.norm"}  # a module of the model, not a setting
+MODULES = {"model.norm", "model.embed"}  # parts of the model, not settings
 pytestmark = pytest.mark.usefixtures("single_thread")
 
 

@@ -4,8 +4,8 @@
 
 They stand at positions 0 to V - 1 as keys in a cache do: no norm and no rotary embedding is applied to them, and an
 example's first token is at position V. 2 L V kv_dim values in all. Each layer starts at what its own projections make
-of tokens drawn from the vocabulary (or of `init_text`), which the paper finds to be best, or, with `init: normal`, at
-N(0, 0.02^2). With `reparam` they are the output of a network that is dropped when the adapter is saved:
+of tokens drawn from the vocabulary (or of `init_text`): real tokens are the paper's advice. With `init: normal`, it
+starts at N(0, 0.02^2). With `reparam` they are the output of a network that is dropped when the adapter is saved:
 
     [K_l, V_l] = U_l tanh(D E + c) + u_l,     E: (V, kv_dim), D: (reparam, kv_dim), U_l: (2 kv_dim, reparam)
 
