@@ -15,7 +15,7 @@ print(ts.generate(again, "...")["text"])
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from tunesmith import adapters as methods
 from tunesmith import inference
 from tunesmith.adapters import Adapter
 from tunesmith.adapters.peft_format import AdapterInfo, load_adapter, read_info
-from tunesmith.config import DataSection, ModelSection, QuantSection, Run, load_run, validate_section
+from tunesmith.config import DataSection, ModelSection, QuantSection, load_run, validate_section
 from tunesmith.data.encode import encode_prompt
 from tunesmith.data.schemas import chat_row
 from tunesmith.data.segments import Template
@@ -31,7 +31,8 @@ from tunesmith.data.templates import from_dict, get_template
 from tunesmith.errors import AdapterError, ConfigError, TokenizerError, did_you_mean
 from tunesmith.inference.sample import GenerationSettings
 from tunesmith.model.quantize import quant_of, spec_of
-from tunesmith.prepare import Loaded, held_out_rows, load_base, load_data, sizes_and_tokenizer, template_for
+from tunesmith.plan import plan_run, preview_data
+from tunesmith.prepare import Loaded, held_out_rows, load_base
 from tunesmith.quant.storage import Spec
 from tunesmith.scratch import base_in
 from tunesmith.workflow import Outcome, train_run
@@ -44,10 +45,13 @@ __all__ = [
     "Outcome",
     "attach",
     "chat",
+    "combine",
     "evaluate",
     "generate",
     "load",
     "merge",
+    "plan_run",
+    "preview_data",
     "train",
     "train_run",
     "verify",
@@ -254,6 +258,28 @@ def merge(
     )
 
 
+def combine(parts: Mapping[str, float], *, base: str | None = None, out: str | Path) -> dict[str, Any]:
+    """Write the weighted sum of adapters (folder: weight) as one adapter folder; returns what was checked of it.
+
+    For LoRA and BitFit. Raises AdapterError for other methods, VerificationError.
+    """
+    from tunesmith.export.combine import write_combined
+
+    paths = {f"part{number}": path for number, path in enumerate(parts, 1)}
+    loaded = load(base, adapter=paths, dtype="float32")
+    return write_combined(
+        loaded.model,
+        loaded.adapters,
+        dict(zip(paths, parts.values(), strict=True)),
+        {key: read_info(adapter_folder(Path(path)) or Path(path)) for key, path in paths.items()},
+        Path(out),
+        base=loaded.path,
+        tokenizer=loaded.tokenizer,
+        identity=loaded.identity,
+        named=loaded.name,
+    )
+
+
 def evaluate(
     target: str | Path,
     *,
@@ -290,29 +316,6 @@ def evaluate(
         adapters=_in_seams(loaded, active),
     )
     return {"data": section.train, **report}
-
-
-def preview_data(run: Run, *, rows: int = 3, as_json: bool = False) -> None:
-    """Print the first rows of a run's data with what is supervised, and the counts; loads the tokenizer only."""
-    from rich.console import Console as RichConsole
-
-    from tunesmith.data.preview import preview
-
-    _, tokenizer = sizes_and_tokenizer(run.model)
-    data = load_data(run, tokenizer, template_for(run, tokenizer))
-    shown = RichConsole(highlight=False)
-    if as_json:
-        sets = {"train": data.train, "valid": data.valid}
-        shown.print_json(data={name: asdict(found.report) for name, found in sets.items() if found is not None})
-    else:
-        shown.print(preview(data.train, tokenizer, rows=rows, valid=data.valid, colour=shown.is_terminal))
-
-
-def plan_run(run: Run) -> dict[str, Any]:
-    """What a run would need and do, without training it."""
-    from tunesmith.plan import plan_run as plan
-
-    return plan(run)
 
 
 def adapter_folder(path: Path) -> Path | None:

@@ -1,7 +1,8 @@
-"""`tunesmith plan`: what a run would do and need, from its configuration and data, without loading weights."""
+"""`tunesmith plan` and `data preview`: what a run would do, need and learn from, without loading weights."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -63,3 +64,19 @@ def plan_run(run: Run) -> dict[str, Any]:
         "memory_parts_gib": {part: round(size / GIB, 3) for part, size in memory.parts.items()},
         "available_gib": round(usable_memory(device) / GIB, 2),
     }
+
+
+def preview_data(run: Run, *, rows: int = 3, as_json: bool = False) -> None:
+    """Print the first rows of a run's data with what is supervised, and the counts; loads the tokenizer only."""
+    from rich.console import Console as RichConsole
+
+    from tunesmith.data.preview import preview
+
+    _, tokenizer = sizes_and_tokenizer(run.model)
+    data = load_data(run, tokenizer, template_for(run, tokenizer))
+    shown = RichConsole(highlight=False)
+    if as_json:
+        sets = {"train": data.train, "valid": data.valid}
+        shown.print_json(data={name: asdict(found.report) for name, found in sets.items() if found is not None})
+    else:
+        shown.print(preview(data.train, tokenizer, rows=rows, valid=data.valid, colour=shown.is_terminal))

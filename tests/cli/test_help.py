@@ -13,7 +13,7 @@ import pytest
 from tunesmith.cli import main
 
 COMMANDS = [
-    (), ("train",), ("finetune",), ("chat",), ("generate",), ("evaluate",), ("verify",), ("inspect",), ("merge",),
+    (), ("train",), ("finetune",), ("chat",), ("generate",), ("evaluate",), ("verify",), ("inspect",), ("merge",), ("combine",),
     ("plan",), ("quantize",), ("data",), ("data", "preview"), ("env",), ("demo",),
 ]  # fmt: skip
 HEAVY = (
