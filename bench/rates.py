@@ -1,7 +1,7 @@
 """A small recorded search of each method's default learning rate.
 
 python -m bench.rates                                    every row of bench/method_table.py: under an hour on two cores
-python -m bench.rates --methods lora,ia3 --rates 3       some rows or kinds
+python -m bench.rates --methods lora,ia3 --rates 5       some rows or kinds
 python -m bench.rates --fresh                            forget what an earlier search has finished
 
 One seed, at most 400 reviews and 5 rates a method, one pass, batch 16, warm-up 10%, then cosine; chosen by the loss on
@@ -9,8 +9,8 @@ fixed validation reviews, never on the test set. Two processes hold the base and
 
     queue of (row, rate)  ->  attach, train, measure, take off  ->  a line of WORK/rates.jsonl  ->  rates.json, rates.md
 
-Rates are 1 and 3 times powers of ten about the row's centre; where the best is the highest or the lowest of them, one
-more is tried beyond it. Killed and started again, it goes on: a finished pair is not tried again.
+Rates are 1 and 3 times powers of ten about the row's centre; while the best is the highest or the lowest of them, one
+more is tried beyond it, up to five. Killed and started again, it goes on: a finished pair is not tried again.
 """
 
 from __future__ import annotations
@@ -146,9 +146,13 @@ class Search:
         """Each rate that the row is to be tried at, as far as is known by now, and what came of it."""
         rates = grid(row.centre, self.options.rates) if row.centre is not None else []
         records = {rate: self.ledger.find(self.options.pair(row, rate)) for rate in rates}
-        known = {rate: record for rate, record in records.items() if record is not None}
-        more = further(known) if 3 <= len(known) == len(rates) < MOST_RATES else None
-        return records if more is None else {**records, more: self.ledger.find(self.options.pair(row, more))}
+        while 3 <= len(records) < MOST_RATES:
+            known = {rate: record for rate, record in records.items() if record is not None}
+            more = further(known) if len(known) == len(records) else None
+            if more is None:
+                break
+            records[more] = self.ledger.find(self.options.pair(row, more))
+        return records
 
     def _next(self) -> tuple[Row | None, float | None] | None:
         """The next pair that nobody has; None at the end, or where it would not be done in time."""
@@ -265,10 +269,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.rates", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--reviews", type=up_to(MOST_REVIEWS), default=256, help="training reviews, at most 400")
-    parser.add_argument("--rates", type=up_to(MOST_RATES), default=4, help="rates a row, at most 5")
+    parser.add_argument("--reviews", type=up_to(MOST_REVIEWS), default=192, help="training reviews, at most 400")
+    parser.add_argument("--rates", type=up_to(MOST_RATES), default=3, help="rates of a row to begin with, at most 5")
     parser.add_argument("--methods", help="rows or kinds, by commas; the page then holds these alone")
-    parser.add_argument("--held", type=up_to(1000), default=200, help="validation reviews that choose")
+    parser.add_argument("--held", type=up_to(1000), default=100, help="validation reviews that choose")
     parser.add_argument("--minutes", type=float, default=58.0, help="what is not done by then is left out")
     parser.add_argument("--workers", type=up_to(64), default=2, help="processes, of one thread each")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for rates.json and rates.md")

@@ -57,7 +57,7 @@ def page(found: Mapping[str, Any], words: str) -> str:
         f"`{asked['model']}` in float32 on `{asked['data']}`: one pass over the first {asked['reviews']} training",
         f"reviews, batch {asked['batch']}, warm-up 10%, then cosine, seed {asked['seed']}. A cell is the loss on the",
         f"first {asked['held']} validation reviews (the test set is not read); the untuned base has {base}.",
-        "**Bold** is the least, which is chosen. Where that was the highest or the lowest rate, one more was tried.",
+        "**Bold** is the least, which is chosen. While that was the highest or the lowest rate, one more was tried.",
         f"The pairs took {found['minutes']} minutes on {found['workers']} processes of one thread each.",
         *("", "`*`: the first row of its method; the rate chosen for it is the method's default.", ""),
     ]

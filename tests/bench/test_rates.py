@@ -170,13 +170,15 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
 
 def test_the_queue_the_page_and_going_on(tmp_path: Path, fake: type[Fake]) -> None:
     rows = [Row("a", "x", 3e-4, {"kind": "lora"}), Row("b", "x", 3e-2, {"kind": "ia3"}), Row("c", "x", None, LORA)]
+    rows.append(Row("d", "x", 3e-5, {"kind": "bitfit"}))
     found, text = searched(tmp_path, rows, workers=1)
     assert fake.asked[0] == ("None", None) and found["base"] == 2.0
     # a: the best of 1e-4, 3e-4, 1e-3 is the highest, so one more; b: its lowest rate kills the worker, another goes on
     assert [rate for kind, rate in fake.asked if kind == "lora"] == [1e-4, 3e-4, 1e-3, 3e-3]
+    assert set(found["rows"]["d"]["rates"]) == {"1e-5", "3e-5", "1e-4", "3e-4", "1e-3"}  # and no more than five
     assert [rate for kind, rate in fake.asked if kind == "ia3"] == [1e-2, 3e-2, 1e-1]
     assert found["rows"]["a"]["chosen"] == 1e-3 and found["rows"]["b"]["chosen"] == 3e-2
-    assert "| `a` | 0.0009 | 0.0007 | **0.0000** | 0.0020 |" in text
+    assert "| `a` |  |  | 0.0009 | 0.0007 | **0.0000** | 0.0020 |" in text
     assert "FAILED: `b` at 1e-2**: the worker ended with -9" in text and "`b` at 1e-1 diverged: step 2" in text
     assert "NOT SEARCHED: `other`**: no such method" in text and "method's default rate: `c`" in text
     fake.asked.clear()
@@ -184,7 +186,7 @@ def test_the_queue_the_page_and_going_on(tmp_path: Path, fake: type[Fake]) -> No
     assert fake.asked == [("ia3", 1e-2)] and again["rows"]["a"] == found["rows"]["a"]  # what failed, and that alone
     fake.asked.clear()
     searched(tmp_path, rows, workers=1, reviews=16)  # other work
-    assert len(fake.asked) == 8
+    assert len(fake.asked) == 1 + 4 + 3 + 5
 
 
 def test_what_the_time_does_not_allow_is_said(tmp_path: Path, fake: type[Fake]) -> None:
@@ -226,12 +228,12 @@ def test_killed_and_started_again_it_goes_on(tiny_base: Path, data: Path, tmp_pa
     keys = [json.dumps(json.loads(line)["key"]) for line in lines]
     assert lines[: len(before.splitlines())] == before.splitlines() and len(set(keys)) == len(keys)
     found = json.loads((tmp_path / "rates.json").read_text(encoding="utf-8"))
-    for name in ("ia3", "norms"):  # more moves this model farther at 3 steps, so the highest is best, and one is added
+    for name in ("ia3", "norms"):  # more moves this model farther at 3 steps, so the highest is best, and two are added
         tried = found["rows"][name]["rates"].values()
         assert (
-            found["rows"][name]["chosen"] == min(tried, key=lambda record: record["loss"])["rate"] and len(tried) == 4
+            found["rows"][name]["chosen"] == min(tried, key=lambda record: record["loss"])["rate"] and len(tried) == 5
         )
-    assert len(keys) == 1 + 4 + 4 and all(record["loss"] < found["base"] for record in tried)
+    assert len(keys) == 1 + 5 + 5 and all(record["loss"] < found["base"] for record in tried)
     text = (tmp_path / "rates.md").read_text(encoding="utf-8")
     assert text == done.stdout.rstrip("\n") + "\n" and "My words." in text and "Default learning rates" in text
 
