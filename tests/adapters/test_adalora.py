@@ -136,7 +136,7 @@ def test_ranks_are_shared_out_as_peft_does(name: str) -> None:
     assert left[0] == (6 * 4 if settings["tinit"] else left[0]) and left[-1] == 6 * 2, left
     pattern = peer.peft_config["default"].rank_pattern
     for place, delta in adapter.deltas.items():
-        assert delta.keep.tolist() == pattern[f"{place.removesuffix('.edit')}.lora_E.default"]
+        assert delta.keep.bool().tolist() == pattern[f"{place.removesuffix('.edit')}.lora_E.default"]
 
 
 def trained(adapter: Adapter, model: Llama, steps: range) -> None:
@@ -270,7 +270,7 @@ def test_a_module_may_lose_all_its_ranks(tmp_path: Path) -> None:
     adapter = attach(model, ONE)
     disturb(adapter)
     delta = adapter.deltas["model.layers.1.mlp.down_proj.edit"]
-    delta.keep.fill_(False)
+    delta.keep.fill_(0)
     delta.prune()
     folder = save(adapter, tmp_path / "ours")
     peer = peft.PeftModel.from_pretrained(reference("llama"), folder).eval()

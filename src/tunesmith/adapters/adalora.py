@@ -113,7 +113,7 @@ def schedule_of(settings: AdaLoRASettings, steps: int | None) -> Schedule | None
 
 
 class AdaLoRADelta(Delta):
-    """y + s P diag(lambda) Q dropout(x) on one Linear; `keep` says which triplets the last choice of ranks kept."""
+    """y + s P diag(lambda) Q dropout(x) on one Linear; `keep` is 1 for triplets that the last choice of ranks kept."""
 
     keep: Tensor
     steps: Tensor
@@ -126,8 +126,9 @@ class AdaLoRADelta(Delta):
         for name in TRIPLET:
             self.register_buffer(f"{name}_sensitivity", torch.zeros_like(self.get_parameter(name)))
             self.register_buffer(f"{name}_uncertainty", torch.zeros_like(self.get_parameter(name)))
-        self.register_buffer("keep", torch.ones_like(self.singular, dtype=torch.bool))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=Q.device))
+        # Numbers with a point, as all that an adapter's file holds.
+        self.register_buffer("keep", Q.new_ones(len(Q)))
+        self.register_buffer("steps", Q.new_zeros(()))
 
     def forward(self, value: Tensor, host: nn.Module, ctx: Context, given: Tensor) -> Tensor:
         """value (tokens, out) and the Linear's input `given` (tokens, in) -> (tokens, out)."""
@@ -167,7 +168,13 @@ class AdaLoRADelta(Delta):
     @torch.no_grad()
     def prune(self) -> None:
         """Set the lambdas that are not kept to zero."""
-        self.singular.masked_fill_(~self.keep, 0.0)
+        self.singular.masked_fill_(self.keep == 0, 0.0)
+
+    def held(self) -> list[bool]:
+        """Which triplets do something, or may again: those that go into a file. On the meta device, all."""
+        if self.keep.is_meta:
+            return [True] * len(self.keep)
+        return ((self.keep != 0) | (self.singular != 0)).tolist()
 
 
 class AdaLoRA:
@@ -231,14 +238,15 @@ class AdaLoRA:
     def to_peft(self, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """See `Exchangeable`. Triplets that were dropped are left out, and rank_pattern says which."""
         deltas = _deltas(adapter)
-        kept = {path: delta.keep | (delta.singular != 0) for path, delta in deltas.items()}
-        tensors = {}
+        held = {path: delta.held() for path, delta in deltas.items()}
+        tensors: dict[str, Tensor] = {}
         for path, delta in deltas.items():
-            tensors[f"{path}.lora_A"] = delta.Q[kept[path]]
-            tensors[f"{path}.lora_B"] = delta.P[:, kept[path]]
-            tensors[f"{path}.lora_E"] = delta.singular[kept[path], None]
-        pattern = {f"{path}.lora_E": mask.tolist() for path, mask in kept.items()}
-        return _peft_config(adapter, None if all(map(all, pattern.values())) else pattern, list(deltas)), tensors
+            which = slice(None) if all(held[path]) else torch.tensor(held[path], device=delta.keep.device)
+            tensors[f"{path}.lora_A"] = delta.Q[which]
+            tensors[f"{path}.lora_B"] = delta.P[:, which]
+            tensors[f"{path}.lora_E"] = delta.singular[which, None]
+        pattern = {f"{path}.lora_E": mask for path, mask in held.items()}
+        return _peft_config(adapter, None if all(map(all, held.values())) else pattern, list(deltas)), tensors
 
     def from_peft(
         self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Llama, where: str
@@ -364,8 +372,9 @@ def _filled(linear: Linear, mask: list[bool], own: Sequence[Tensor]) -> AdaLoRAD
     P, Q = B.new_zeros(linear.out_features, len(mask)), A.new_zeros(len(mask), linear.in_features)
     delta = AdaLoRADelta(P, Q, 1.0, 0.0, 0.0)
     with torch.no_grad():
-        delta.keep.copy_(torch.tensor(mask))
-        delta.Q[delta.keep], delta.P[:, delta.keep], delta.singular[delta.keep] = A, B, E[:, 0].to(delta.singular)
+        which = torch.tensor(mask)
+        delta.keep.copy_(which)
+        delta.Q[which], delta.P[:, which], delta.singular[which] = A, B, E[:, 0].to(delta.singular)
     return delta
 
 
