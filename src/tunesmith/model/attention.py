@@ -64,7 +64,7 @@ def _attend_tiled(
         heads = slice(low * group, high * group), slice(low, high), slice(low, high)
         some = [t[:, own].contiguous() for t, own in zip((q, k, v), heads, strict=True)]
         parts = [layout.tiles(window, rule) for rule in field.rules]
-        found.append(_over_parts(some[0], some[1], some[2], [tiles for tiles in parts if tiles], dropout))
+        found.append(_over_parts(some[0], some[1], some[2], [tiles for tiles in parts if tiles] or parts[:1], dropout))
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
