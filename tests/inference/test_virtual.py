@@ -19,6 +19,7 @@ from tunesmith.data.encode import Example, encode_prompt
 from tunesmith.data.pack import plan_packs
 from tunesmith.data.schemas import chat_row
 from tunesmith.data.templates import get_template
+from tunesmith.export.probe import logits_at, make_probe
 from tunesmith.files import sha256_file
 from tunesmith.inference import ChatSession, GenerationSettings, generate
 from tunesmith.inference.score import score_continuations
@@ -177,6 +178,18 @@ def test_a_pack_keeps_its_budget_where_less_is_shared() -> None:
     packs = plan_packs(some, budget=60, needs=Needs(ends=30))
     assert all(len(pack.tokens) <= 60 for pack in packs)
     assert len(packs) > len(plan_packs(some, budget=60)) == 1
+
+
+@pytest.mark.parametrize(("name", "words"), [("infix alone", "infix"), ("reft", "last.bias"), ("reft", "first.bias")])
+def test_verification_sees_what_acts_where_prompts_end(name: str, words: str) -> None:
+    """A change of these alone changes the logits that a reloaded adapter is held against."""
+    model = build()
+    (adapter,) = attached(model, SPECS[name])
+    probe = make_probe([list(range(3, 20)), [5, 6, 7], [9]])
+    before = logits_at(model, probe, None)
+    with torch.no_grad():
+        next(p for key, p in adapter.trainable.items() if key.endswith(words)).add_(1.0)
+    assert not torch.allclose(logits_at(model, probe, None), before)
 
 
 @pytest.mark.parametrize("name", COMMAND)

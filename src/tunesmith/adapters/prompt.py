@@ -69,8 +69,8 @@ class PromptDelta(Delta):
             here = (given < 0) & (given >= -self.infix_tokens)
             if self.adapter in ctx.routes:
                 here &= torch.zeros_like(here).index_fill(0, ctx.routes[self.adapter], True)
-            rows = here.nonzero()[:, 0]
-            value = value.index_copy(0, rows, self.infix.to(value.dtype)[-1 - given[rows]])
+            rows = self.infix.to(value.dtype)[(-1 - given).clamp(0, self.infix_tokens - 1)]
+            value = torch.where(here[:, None], rows, value)
         return value
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
