@@ -319,7 +319,7 @@ def test_a_large_conversation_is_not_mistaken_for_an_attack(tokenizer):
 # --- what travels with an adapter
 
 
-@pytest.mark.parametrize("name", [*NAMES, "{instruction} {output}", GENERATION])
+@pytest.mark.parametrize("name", [*NAMES, "{instruction} {output}", "R: {text}\nS: {label}.", GENERATION])
 def test_saved_and_made_again(tokenizer, make_tokenizer, name):
     import json
 

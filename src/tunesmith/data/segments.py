@@ -19,7 +19,8 @@ PROBE = Row(
     "probe",
     "messages",
     (Turn("user", "What is 2 + 2?"), Turn("assistant", "4", True)),
-    fields={"instruction": "What is 2 + 2?", "input": "", "output": "4", "system": "", "prompt": "What is 2 + 2?"},
+    fields={"instruction": "What is 2 + 2?", "input": "", "output": "4", "system": "", "prompt": "What is 2 + 2?"}
+    | {"choices": "A. 4"},
 )
 
 
@@ -105,6 +106,8 @@ def values(row: Row, system: str, exchange: Exchange) -> Mapping[str, str]:
     texts |= {"instruction": exchange.instruction, "input": exchange.input, "system": system}
     texts["prompt"] = join_input(exchange.instruction, exchange.input)
     texts["output"] = exchange.answer or ""
+    if row.kind == "messages":  # what somebody types stands for the text of a row, and the answer for its label
+        return {"text": texts["prompt"], "question": texts["prompt"], "label": texts["output"], **texts}
     return texts
 
 
