@@ -13,8 +13,8 @@ import pytest
 from tunesmith.cli import main
 
 COMMANDS = [
-    (), ("train",), ("finetune",), ("chat",), ("generate",), ("evaluate",), ("verify",), ("inspect",), ("merge",), ("combine",),
-    ("plan",), ("quantize",), ("data",), ("data", "preview"), ("env",), ("demo",),
+    (), ("train",), ("finetune",), ("chat",), ("generate",), ("evaluate",), ("verify",), ("inspect",), ("merge",),
+    ("combine",), ("plan",), ("quantize",), ("data",), ("data", "preview"), ("env",), ("demo",),
 ]  # fmt: skip
 HEAVY = (
     "torch",
