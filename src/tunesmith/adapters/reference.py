@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from typing import Any
 
 from tunesmith.adapters import find_method, kinds
 from tunesmith.adapters.base import Exchangeable, Method
@@ -23,8 +24,9 @@ HEAD = """# Methods
 learning rates were found.
 
 *Identity*: attached, before training, no logit has changed by a bit. *Folds*: a merge makes it part of the weights.
-*PEFT*: the type under which Hugging Face PEFT reads and writes the same file; where there is none, the file is our own.
-These are for the default settings.
+*PEFT*: the type under which Hugging Face PEFT reads and writes the same file, where its format can say it exactly (a
+LLaMA-Adapter with one gate a layer, a prompt without infix tokens); elsewhere the file is our own. Identity and folding
+are those of the default settings.
 
 """
 
@@ -38,7 +40,7 @@ def reference() -> str:
 
 
 def _row(method: Method) -> str:
-    settings = validate_section(method.settings, {}, "adapter")
+    settings: Any = validate_section(method.settings, {}, "adapter")
     peft = method.peft_type if isinstance(method, Exchangeable) else "none"
     said = ["yes" if answer(settings) else "no" for answer in (method.identity_at_init, method.mergeable)]
     return f"| [`{method.kind}`](#{method.kind}) | {method.learning_rate:g} | {' | '.join(said)} | {peft} |"
