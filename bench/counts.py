@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,13 @@ class Row:
 
     def count(self) -> dict[str, Any]:
         """What that command prints."""
-        return count(self.model, self.method, method_settings(shlex.split(self.words)))
+        return counted(self.model, self.method, self.words)
+
+
+@cache
+def counted(model: str, method: str | None = None, words: str = "") -> dict[str, Any]:
+    """What `tunesmith inspect` counts for these words."""
+    return count(model, method, method_settings(shlex.split(words)))
 
 
 QV = "target_modules=[q_proj,v_proj]"
@@ -63,6 +70,7 @@ ROWS = [
     Row("smollm2-135m", "lora", f"rank=8 {QV}", 460_800, f"{LORA}: sum of r (in + out)"),
     Row("smollm2-135m", "lora", "rank=16", 4_884_480, f"{LORA}: sum of r (in + out)"),
     Row("llama-7b", "dora", f"rank=8 {QV}", L * (8 * 4 * D + 2 * D), "arXiv:2402.09353: LoRA and a magnitude a row"),
+    Row("llama-7b", "adalora", "", 12 * L * (8 * D + 3 * (D + F) + 7), "arXiv:2303.10512: r (in + out + 1), r = 12"),
     Row("llama-7b", "ia3", "", L * (D + D + F), "arXiv:2205.05638: L (2 d_k + d_ff)"),
     Row("llama-7b", "bottleneck", "variant=houlsby width=64", 2 * L * (2 * 64 * D + 64 + D), "arXiv:1902.00751"),
     Row("llama-7b", "bottleneck", "variant=pfeiffer width=64", L * (2 * 64 * D + 64 + D), "arXiv:2005.00247"),
@@ -81,13 +89,7 @@ ROWS = [
         2_097_152 + 19_988_480,
         "their sum",
     ),
-    Row(
-        "llama-7b",
-        "reft",
-        "rank=4 tied=true layers_to_transform=[3,9,18,24]",
-        4 * 32_772,
-        f"{REFT}: 2 r d + r a layer",
-    ),
+    Row("llama-7b", "reft", "rank=4 tied=true layers_to_transform=[3]", 32_772, f"{REFT}: 2 r d + r a place"),
     Row("llama-7b", "reft", "rank=8 tied=true", L * (2 * 8 * D + 8), f"{REFT}: 0.031% of the model"),
     Row("llama-7b", "reft", "rank=4", 63 * 32_772, "first and last tokens apart, last ones alone in the last layer"),
     Row("llama-7b", "full", "", 6_738_415_616, "arXiv:2302.13971: 6.7B"),
@@ -176,7 +178,7 @@ def page() -> str:
     lines = [HEAD, *table(ROWS), "", GPT3_HEAD, *table(GPT3_ROWS), "", "## Models by name", ""]
     lines += ["| command | parameters | of them in the layers' linears |", "|---|---:|---:|"]
     for name in shapes():
-        found = count(name)
+        found = counted(name)
         base, linears = found["base_parameters"], found["linear_parameters"]
         lines.append(f"| `tunesmith inspect --model {name}` | {base:,} | {linears:,} |")
     return "\n".join(lines) + "\n"

@@ -19,6 +19,10 @@ from torch.nn.utils import parametrizations
 
 LAYER = re.compile(r"layer[._](\d+)[._]comp[._]block_output[._]|comp[._]model[._]layers\[(\d+)\][._]output[._]")
 IGNORED = ("embed_dim", "interchange_dim")  # buffers that repeat the hidden size
+UNEQUAL = (
+    "with unequal numbers of first and last tokens, pyreft's make_multiple_position_supervised_data_module fills up "
+    "the shorter list with the answer's first token, which it then edits too; that is not converted"
+)
 
 
 def convert_pyreft(files: dict[str, dict[str, Tensor]], config: Mapping[str, Any], given: Namespace) -> Result:
@@ -42,6 +46,8 @@ def convert_pyreft(files: dict[str, dict[str, Tensor]], config: Mapping[str, Any
                 raise Refused(f"config.json: two edits of the {part} tokens in layer {layer}; were weights shared?")
             found[place] = tensor
     notes = _drop_top(found, max(layers), given.layers) if first > 0 and not tied else []
+    if halves and first != last:
+        notes.append(UNEQUAL)
     ranks = {len(tensor) for name, tensor in found.items() if name.endswith(".bias")}
     if len(ranks) != 1:
         raise Refused(f"edits of different ranks: {sorted(ranks)}")

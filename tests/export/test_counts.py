@@ -85,7 +85,7 @@ def test_the_first_adapter_file_has_4_92_megabytes() -> None:
 
 
 def test_shapes_are_the_published_models() -> None:
-    assert {name: count(name)["total_parameters"] for name in shapes() if name != "gpt3-shaped"} == TOTALS
+    assert {name: counts.counted(name)["total_parameters"] for name in shapes() if name != "gpt3-shaped"} == TOTALS
     assert count("llama-7b")["linear_parameters"] == 6_476_005_376
 
 
