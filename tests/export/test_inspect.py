@@ -7,9 +7,14 @@ import struct
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tests.export.small_run import make_base, make_run, train_like
+from tests.laws.small import build, disturb
+from tests.laws.variants import VARIANTS
 
+from tunesmith.adapters import attach, kinds
+from tunesmith.adapters.peft_format import save_adapter
+from tunesmith.cli import main
 from tunesmith.errors import TunesmithError
 from tunesmith.export.inspect import inspect_path
 from tunesmith.model.load import load_model
@@ -104,3 +109,65 @@ def test_a_hostile_adapter_config_is_named(tmp_path, values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
     with pytest.raises(TunesmithError, match=f"adapter_config.json: {next(iter(values))}"):
         inspect_path(run / "adapter")
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_an_adapter_of_every_kind_tells_what_it_is(kind, tmp_path, capsys):
+    for i, settings in enumerate([{}, *VARIANTS.get(kind, [])]):
+        adapter = attach(build(dtype=torch.float32), {**settings, "kind": kind})
+        disturb(adapter)
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        save_adapter(folder, adapter, base="tiny", identity={"sha256": "ab"})
+        report = inspect_path(folder)
+        assert (report["kind"], report["method"], report["needs"]["base"]) == ("adapter", kind, "tiny")
+        assert report["mergeable"] is adapter.method.mergeable(adapter.settings)
+        tensors = load_file(next(folder.glob("*.safetensors")))
+        assert (report["tensors"], report["parameters"]) == (len(tensors), sum(t.numel() for t in tensors.values()))
+        told = sum(value**2 for part in report.get("norms", {}).values() for value in part.values())
+        held = {key: t for key, t in tensors.items() if t.is_floating_point()}
+        if "delta_norms" in report:
+            assert kind == "lora" and set(report["delta_norms"]) <= {
+                "layer 0",
+                "layer 1",
+                "lm_head",
+                "model.embed_tokens",
+            }
+            held = {key: t for key, t in held.items() if ".lora_" not in key}
+        assert told == pytest.approx(sum(float(t.double().square().sum()) for t in held.values()), rel=1e-4)
+        assert main(["inspect", str(folder)]) == 0
+        assert f"method                       {kind}\n" in capsys.readouterr().out
+
+
+def test_norms_stand_by_layer(tmp_path):
+    adapter = attach(build(dtype=torch.float32), {"kind": "prefix", "virtual_tokens": 3})
+    disturb(adapter)
+    save_adapter(tmp_path, adapter, base="tiny", identity={})
+    (prompts,) = load_file(tmp_path / "adapter_model.safetensors").values()
+    first, second = prompts.double().chunk(2, dim=1)  # of two layers, keys and values in turn
+    assert inspect_path(tmp_path)["norms"] == {
+        "layer 0": {"prompt_embeddings": pytest.approx(float(first.norm()), rel=1e-5)},
+        "layer 1": {"prompt_embeddings": pytest.approx(float(second.norm()), rel=1e-5)},
+    }
+
+
+def test_a_method_of_another_version_is_told(tmp_path):
+    adapter = attach(build(dtype=torch.float32), {"kind": "bitfit"})
+    save_adapter(tmp_path, adapter, base="tiny", identity={})
+    own = json.loads((tmp_path / "tunesmith.json").read_text())
+    (tmp_path / "tunesmith.json").write_text(json.dumps({**own, "kind": "bitfitt"}))
+    report = inspect_path(tmp_path)
+    assert "did you mean 'bitfit'" in report["not_understood"] and report["parameters"] == own["parameters"]
+
+
+def test_a_lora_on_the_embedding_is_measured_too(tmp_path):
+    adapter = attach(
+        build(dtype=torch.float32), {"kind": "lora", "rank": 2, "target_modules": ["embed_tokens", "q_proj"]}
+    )
+    disturb(adapter)
+    save_adapter(tmp_path, adapter, base="tiny", identity={})
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    A, B = (tensors[f"base_model.model.model.embed_tokens.lora_embedding_{letter}"].double() for letter in "AB")
+    found = inspect_path(tmp_path)
+    assert found["delta_norms"]["model.embed_tokens"] == pytest.approx(float(2 * (B @ A).norm()), rel=1e-5)
+    assert "norms" not in found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,9 +73,9 @@ def _adapter(path: Path) -> dict[str, Any]:
         report |= {"attention": own["attention"]} if own.get("attention") else {}
         report["notes"] = _shown(own.get("notes"))
     report |= _tensors(files)
-    if norms := _norms(config, files):
-        return report | {"delta_norms": norms}
-    return report | ({"norms": _tensor_norms(config, files[0])} if files else {})
+    deltas, paired = _delta_norms(config, files)
+    rest = _tensor_norms(config, files[0], paired) if files else {}
+    return report | ({"delta_norms": deltas} if deltas else {}) | ({"norms": rest} if rest else {})
 
 
 def _shown(values: Any) -> dict[str, Any]:
@@ -111,8 +112,8 @@ def _needs(config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _norms(config: dict[str, Any], files: list[Path]) -> dict[str, float]:
-    """How far a LoRA moves the weights of each layer: the norm of s B A over all of its modules.
+def _delta_norms(config: dict[str, Any], files: list[Path]) -> tuple[dict[str, float], set[str]]:
+    """How far a LoRA moves the weights of each layer: the norm of s B A over all of its modules; and which tensors say.
 
     |B A|^2 = trace((B^T B) (A A^T)), so that no full matrix is formed. Empty where the files are not plain LoRA.
     """
@@ -120,27 +121,30 @@ def _norms(config: dict[str, Any], files: list[Path]) -> dict[str, float]:
     from tunesmith.adapters.targets import by_pattern, layer_of
 
     if config.get("peft_type") != "LORA" or config.get("use_dora") or not files:
-        return {}
+        return {}, set()
     where = str(files[0].with_name("adapter_config.json"))
     alphas = patterns(config, "alpha_pattern", where)
     named = {key: tensor.double() for key, (_, tensor) in plain_keys(read_tensors(files[0]), str(files[0])).items()}
     squares: dict[str, float] = {}
+    paired: set[str] = set()
     for key, A in named.items():
-        path = key.removesuffix(".lora_A.weight")
-        B = named.get(f"{path}.lora_B.weight")
+        path = re.sub(r"\.lora_(A\.weight|embedding_A)$", "", key)
+        other = f"{path}{key.removeprefix(path).replace('A', 'B')}"
+        B = named.get(other)
         if path == key or B is None or A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1]:
             continue
-        key = by_pattern({pattern: pattern for pattern in alphas}, path, "")
-        alpha = number(alphas, key, where, 8) if key else number(config, "lora_alpha", where, 8)
+        paired |= {key, other}
+        pattern = by_pattern({pattern: pattern for pattern in alphas}, path, "")
+        alpha = number(alphas, pattern, where, 8) if pattern else number(config, "lora_alpha", where, 8)
         scale = alpha / (math.sqrt(len(A)) if config.get("use_rslora") else len(A))
         layer = layer_of(path)
         name = path if layer is None else f"layer {layer}"
         squares[name] = squares.get(name, 0.0) + scale**2 * float(((B.T @ B) * (A @ A.T)).sum())
-    return {name: round(math.sqrt(max(value, 0.0)), 6) for name, value in squares.items()}
+    return {name: round(math.sqrt(max(value, 0.0)), 6) for name, value in squares.items()}, paired
 
 
-def _tensor_norms(config: dict[str, Any], file: Path) -> dict[str, dict[str, float]]:
-    """The norms of an adapter's tensors, by layer and by what they are; those of a layer's modules taken together."""
+def _tensor_norms(config: dict[str, Any], file: Path, paired: set[str]) -> dict[str, dict[str, float]]:
+    """The norms of the tensors that are not `paired`, by layer and what they are; all of a layer's modules together."""
     import torch
 
     from tunesmith.adapters.peft_config import open_tensors, plain_keys
@@ -149,9 +153,12 @@ def _tensor_norms(config: dict[str, Any], file: Path) -> dict[str, dict[str, flo
     squares: dict[str, dict[str, float]] = {}
     with open_tensors(file) as tensors:  # one at a time: it may be a whole model
         for name, (key, _) in plain_keys(dict.fromkeys(tensors.keys(), torch.empty(0)), str(file)).items():
+            tensor = tensors.get_tensor(key)
+            if name in paired or not tensor.is_floating_point():
+                continue
             layer, what = layer_of(name), name.removesuffix(".weight").rpartition(".")[2]
             place = "model" if layer is None else f"layer {layer}"
-            for part, value in _parts(config, place, what, tensors.get_tensor(key)):
+            for part, value in _parts(config, place, what, tensor):
                 entry = squares.setdefault(part, {})
                 entry[what] = entry.get(what, 0.0) + float(torch.linalg.vector_norm(value, dtype=torch.float64)) ** 2
     return {part: {what: round(math.sqrt(s), 6) for what, s in entry.items()} for part, entry in squares.items()}
