@@ -141,8 +141,8 @@ def test_one_end_alone_is_not_halved() -> None:
 def test_rows_stay_orthonormal_through_training() -> None:
     model = build(dtype=torch.float32)
     adapter = attach(model, {**SPEC, "rank": 5})
-    bases = {name: p for name, p in adapter.trainable.items() if name.endswith(".basis")}
-    start = {name: p.detach().clone() for name, p in bases.items()}
+    bases = {name: p.detach() for name, p in adapter.trainable.items() if name.endswith(".basis")}
+    start = {name: p.clone() for name, p in bases.items()}
     optimizer = torch.optim.AdamW(list(adapter.trainable.values()), lr=0.3, weight_decay=0.1)
     packs = packs_of(model, examples())
     losses = []
