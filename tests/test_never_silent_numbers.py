@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from tests.tiny import edit_weights, reviews, run_it, words, write_base, write_rows
 
-from tunesmith import api, prepare, workflow
+from tunesmith import api, prepare
+from tunesmith.files import is_complete
 from tunesmith.train import loop, memory
 from tunesmith.train.log import read_metrics
 
@@ -207,4 +208,4 @@ def test_memory_held_already_counts_as_there(monkeypatch):
 
 def test_everything_is_quiet_when_nothing_is_wrong(command, tiny_base, tiny_reviews, tmp_path):
     err = run_it(command, tiny_base, tiny_reviews, tmp_path, train__epochs=2)
-    assert "warning" not in err and "error" not in err and workflow.is_complete(tmp_path / "run" / "adapter")
+    assert "warning" not in err and "error" not in err and is_complete(tmp_path / "run" / "adapter")
