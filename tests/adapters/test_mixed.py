@@ -28,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("single_thread")
 LORA = {"kind": "lora", "rank": 2, "target_modules": ["q_proj", "down_proj"]}
 IA3 = {"kind": "ia3"}
 NECK = {"kind": "bottleneck"}
+SCALE = {"kind": "ia3", "target_modules": ["q_proj"]}  # of an output that LoRA edits too: their order matters
 BIAS = {"kind": "bitfit", "target_modules": ["q_proj", "o_proj"]}
 
 
@@ -37,7 +38,14 @@ def mixed(*parts: dict) -> dict:
 
 @pytest.mark.parametrize(
     "parts",
-    [(LORA, BIAS), (IA3, LORA, NECK), (NECK, {**LORA, "init": "pissa"}), ({"kind": "prefix"}, LORA)],
+    [
+        (LORA, BIAS),
+        (IA3, LORA, NECK),
+        (NECK, {**LORA, "init": "pissa"}),
+        ({"kind": "prefix"}, LORA),
+        (SCALE, LORA),
+        (LORA, SCALE),
+    ],
     ids=lambda parts: "+".join(part["kind"] for part in parts),
 )
 def test_it_computes_what_its_parts_do_one_after_the_other(parts) -> None:
@@ -57,6 +65,26 @@ def test_it_computes_what_its_parts_do_one_after_the_other(parts) -> None:
     bare = logits_of(build(), *sample_row())
     assert torch.equal(logits_of(whole, *sample_row()), logits_of(apart, *sample_row()))
     assert relative(bare, logits_of(apart, *sample_row())) > 1e-3
+
+
+def test_the_order_of_parts_matters_where_they_do_not_commute() -> None:
+    found = []
+    for parts in ((SCALE, LORA), (LORA, SCALE)):
+        model = build()
+        adapter = attach(model, mixed(*parts))
+        with torch.no_grad():
+            for name, parameter in adapter.trainable.items():
+                parameter.fill_(0.5 if name.endswith("scale") else 0.1)
+        found.append(logits_of(model, *sample_row()))
+    assert relative(*found) > 1e-3
+
+
+def test_a_part_gets_the_ids_of_its_text() -> None:
+    model = build()
+    prompt = {"kind": "prompt", "virtual_tokens": 2, "init_text": "ab"}
+    adapter = attach(model, mixed(prompt, LORA), encode=lambda text: [ord(letter) % 61 for letter in text])
+    first = adapter.settings.parts[0]
+    assert list(first["init_ids"]) == [ord("a") % 61, ord("b") % 61] and "init_ids" not in adapter.settings.parts[1]
 
 
 def test_names_are_stable_and_every_inner_delta_knows_the_adapter() -> None:
