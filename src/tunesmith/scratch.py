@@ -87,7 +87,7 @@ def _tokenizer_path(section: ModelSection) -> Path:
     path = Path(section.path).expanduser()
     if section.path in shapes() or path.suffix == ".json":
         raise ConfigError(
-            f"model.tokenizer: {section.path} is a configuration and has none; name the model or folder whose tokenizer "
-            "is to be used"
+            f"model.tokenizer: {section.path} is a configuration and has none; name the model or folder whose "
+            "tokenizer is to be used"
         )
     return path if path.is_dir() else resolve_model(section.path, revision=section.revision)
