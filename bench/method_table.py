@@ -86,7 +86,10 @@ def leads(row: Row, rows: Sequence[Row] = ROWS) -> bool:
 
 
 def chosen(words: str | None, rows: Sequence[Row] = ROWS) -> list[Row]:
-    """The rows that a list of names or kinds means, in the table's order; None is all. Raises ValueError."""
+    """The rows that a list of names or kinds means, in the table's order; None is all. Raises ValueError.
+
+    A word that is a row's name means that row, though it be a kind as well.
+    """
     if not words:
         return list(rows)
     asked = [word.strip() for word in words.split(",") if word.strip()]
@@ -96,7 +99,8 @@ def chosen(words: str | None, rows: Sequence[Row] = ROWS) -> list[Row]:
             near = difflib.get_close_matches(word, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"--methods: there is no row or kind {word!r}{hint} (there are {', '.join(known)})")
-    return [row for row in rows if row.name in asked or row.kind in asked]
+    names = {row.name for row in rows}
+    return [row for row in rows if row.name in asked or row.kind in set(asked) - names]
 
 
 def grid(centre: float, count: int) -> list[float]:

@@ -79,6 +79,7 @@ def test_every_method_has_a_row_with_settings_that_it_knows() -> None:
 
 def test_rows_are_chosen_by_name_or_kind() -> None:
     assert [row.name for row in chosen("reft,lora-r8-qv")] == ["loreft", "lora-r8-qv", "noreft", "direft"]
+    assert [row.name for row in chosen("lora")] == ["lora"], "a row's name is not its kind"
     with pytest.raises(ValueError, match="'prefx'; did you mean 'prefix'"):
         chosen("prefx")
 

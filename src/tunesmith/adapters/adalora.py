@@ -182,7 +182,7 @@ class AdaLoRA:
 
     kind = "adalora"
     settings = AdaLoRASettings
-    learning_rate = 2e-3
+    learning_rate = 1e-2
     peft_type = "ADALORA"
 
     def identity_at_init(self, settings: AdaLoRASettings) -> bool:

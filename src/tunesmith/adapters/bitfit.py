@@ -60,7 +60,7 @@ class BitFit:
 
     kind = "bitfit"
     settings = BitFitSettings
-    learning_rate = 5e-3
+    learning_rate = 1e-3
 
     def identity_at_init(self, settings: BitFitSettings) -> bool:
         """See `Method`."""

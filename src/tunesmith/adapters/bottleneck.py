@@ -98,7 +98,7 @@ class Bottleneck:
 
     kind = "bottleneck"
     settings = BottleneckSettings
-    learning_rate = 1e-3
+    learning_rate = 3e-4
 
     def identity_at_init(self, settings: BottleneckSettings) -> bool:
         """With U = 0; not from N(0, 0.02)."""

@@ -75,6 +75,7 @@ class DoRA(LoRA):
 
     kind = "dora"
     settings = DoRASettings
+    learning_rate = 1e-3
 
     def delta(self, linear: Linear, rank: int, scale: float, settings: LoRASettings) -> LoRADelta:
         """The delta on one linear, as it starts."""

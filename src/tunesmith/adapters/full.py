@@ -22,7 +22,7 @@ class Full:
 
     kind = "full"
     settings = FullSettings
-    learning_rate = 2e-5
+    learning_rate = 3e-5
     trains_base = True  # so the base is held in float32: half precision would round small updates away
 
     def identity_at_init(self, settings: FullSettings) -> bool:

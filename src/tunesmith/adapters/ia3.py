@@ -85,7 +85,7 @@ class IA3:
 
     kind = "ia3"
     settings = IA3Settings
-    learning_rate = 5e-3
+    learning_rate = 1e-2
     peft_type = "IA3"
 
     def identity_at_init(self, settings: IA3Settings) -> bool:

@@ -36,7 +36,7 @@ class LastLayers:
 
     kind = "last_layers"
     settings = LastLayersSettings
-    learning_rate = 1e-4
+    learning_rate = 1e-3
     trains_base = True
 
     def identity_at_init(self, settings: LastLayersSettings) -> bool:

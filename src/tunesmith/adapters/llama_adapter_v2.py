@@ -61,7 +61,7 @@ class LlamaAdapterV2:
 
     kind = "llama_adapter_v2"
     settings = LlamaAdapterV2Settings
-    learning_rate = 2e-3
+    learning_rate = 1e-3
     trains_base = True
 
     def identity_at_init(self, settings: LlamaAdapterV2Settings) -> bool:

@@ -137,7 +137,7 @@ class LoRA:
 
     kind = "lora"
     settings: type[LoRASettings] = LoRASettings
-    learning_rate = 5e-4
+    learning_rate = 3e-4
     peft_type = "LORA"
 
     def identity_at_init(self, settings: LoRASettings) -> bool:

@@ -208,7 +208,7 @@ class Mixed:
 
     kind = KIND
     settings = MixedSettings
-    learning_rate = 5e-4  # LoRA's: what `train.learning_rate` is measured against
+    learning_rate = 3e-4  # LoRA's: what `train.learning_rate` is measured against
 
     def identity_at_init(self, settings: MixedSettings) -> bool:
         """See `Method`: where every part is."""

@@ -37,7 +37,7 @@ class Norms:
 
     kind = "norms"
     settings = NormsSettings
-    learning_rate = 2e-3
+    learning_rate = 1e-3
     peft_type = "LN_TUNING"
     trains_base = True
 

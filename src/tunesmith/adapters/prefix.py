@@ -139,7 +139,7 @@ class Prefix:
 
     kind = "prefix"
     settings = PrefixSettings
-    learning_rate = 1e-2
+    learning_rate = 3e-2
     peft_type = "PREFIX_TUNING"
 
     def identity_at_init(self, settings: PrefixSettings) -> bool:

@@ -152,7 +152,7 @@ class Reft:
 
     kind = "reft"
     settings = ReftSettings
-    learning_rate = 2e-3
+    learning_rate = 3e-3
 
     def identity_at_init(self, settings: ReftSettings) -> bool:
         """No: W starts at random."""
