@@ -27,9 +27,9 @@ from typing import Any
 from bench.ledger import Ledger, Record
 from bench.method_table import Row, chosen
 from bench.methods_page import page
-from bench.pages import DATA, MODEL, PageError, ask_facts, kept, threads, up_to, write_page, write_spec
+from bench.pages import PageError, ask_facts, kept, page_parser, threads, up_to, write_page, write_spec
 from bench.process import run
-from bench.runner import WORK, say
+from bench.runner import say
 from bench.table import RESULTS
 from tunesmith.hardware import share_cores
 
@@ -189,20 +189,11 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.methods", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = page_parser("methods", __doc__, 85.0, "train.jsonl and test.jsonl")
     parser.add_argument("--limit", type=up_to(10**6), default=512, help="training reviews")
     parser.add_argument("--test", type=up_to(10**6), default=300, help="test reviews that are measured on")
-    parser.add_argument("--methods", help="rows or kinds, by commas; the page then holds these alone")
-    parser.add_argument("--minutes", type=float, default=85.0, help="what is not done by then is left out")
     parser.add_argument("--threads", type=up_to(1024), default=2, help="threads of each row's process")
     parser.add_argument("--rates", type=Path, default=RESULTS / "rates.json", help="the search of bench/rates.py")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for methods.json and methods.md")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder for what is made on the way")
-    parser.add_argument("--model", default=MODEL, help="catalog name, folder or .gguf file")
-    parser.add_argument("--data", default=DATA, help="catalog name, or folder with train.jsonl and test.jsonl")
-    parser.add_argument("--fresh", action="store_true", help="forget what was finished before")
     return parser
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from bench.envs import last_line
 from bench.method_table import Row
 from bench.process import run
-from bench.runner import QUIET
-from bench.table import GIB, grid
+from bench.runner import QUIET, WORK
+from bench.table import GIB, RESULTS, grid
 from tunesmith.files import atomic_write_text
 
 NOT_WRITTEN = "Not written yet."
@@ -59,6 +59,21 @@ def up_to(most: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def page_parser(stem: str, about: str | None, minutes: float, sets: str) -> argparse.ArgumentParser:
+    """The options that `python -m bench.STEM` shares with other pages; `sets` names the files that it reads."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench.{stem}", description=about, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--methods", help="rows or kinds, by commas; the page then holds these alone")
+    parser.add_argument("--minutes", type=float, default=minutes, help="what is not done by then is left out")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder for {stem}.json and {stem}.md")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder for what is made on the way")
+    parser.add_argument("--model", default=MODEL, help="catalog name, folder or .gguf file")
+    parser.add_argument("--data", default=DATA, help=f"catalog name, or folder with {sets}")
+    parser.add_argument("--fresh", action="store_true", help="forget what was finished before")
+    return parser
 
 
 def write_page(stem: Path, found: Mapping[str, Any], text: str) -> None:

@@ -33,11 +33,10 @@ from typing import Any
 from bench.envs import ROOT, last_line
 from bench.ledger import Ledger, Record
 from bench.method_table import Row, chosen, grid, label
-from bench.pages import DATA, MODEL, PageError, ask_facts, kept, threads, up_to, write_page, write_spec
+from bench.pages import PageError, ask_facts, kept, page_parser, threads, up_to, write_page, write_spec
 from bench.process import MARK
 from bench.rates_page import entry, further, outcome, page
-from bench.runner import WORK, say
-from bench.table import RESULTS
+from bench.runner import say
 from tunesmith.hardware import share_cores
 
 MOST_REVIEWS, MOST_RATES = 400, 5
@@ -266,20 +265,11 @@ def _command(given: argparse.Namespace) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.rates", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = page_parser("rates", __doc__, 58.0, "train.jsonl and valid.jsonl")
     parser.add_argument("--reviews", type=up_to(MOST_REVIEWS), default=192, help="training reviews, at most 400")
     parser.add_argument("--rates", type=up_to(MOST_RATES), default=3, help="rates of a row to begin with, at most 5")
-    parser.add_argument("--methods", help="rows or kinds, by commas; the page then holds these alone")
     parser.add_argument("--held", type=up_to(1000), default=100, help="validation reviews that choose")
-    parser.add_argument("--minutes", type=float, default=58.0, help="what is not done by then is left out")
     parser.add_argument("--workers", type=up_to(64), default=2, help="processes, of one thread each")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for rates.json and rates.md")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder for what is made on the way")
-    parser.add_argument("--model", default=MODEL, help="catalog name, folder or .gguf file")
-    parser.add_argument("--data", default=DATA, help="catalog name, or folder with train.jsonl and valid.jsonl")
-    parser.add_argument("--fresh", action="store_true", help="forget what was finished before")
     return parser
 
 

@@ -61,12 +61,9 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 reviews with labels for training and 8 for validation, as a folder. Do not change it."""
-    from tests.tiny import reviews, write_rows
+    from tests.tiny import review_folder
 
-    folder = tmp_path_factory.mktemp("reviews")
-    write_rows(folder / "train.jsonl", reviews(24))
-    write_rows(folder / "valid.jsonl", reviews(8, seed=1))
-    return folder
+    return review_folder(tmp_path_factory.mktemp("reviews"))
 
 
 @pytest.fixture

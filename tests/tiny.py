@@ -63,6 +63,13 @@ def reviews(count: int = 24, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+def review_folder(folder: Path, second: str = "valid") -> Path:
+    """24 reviews for training and 8 others in SECOND.jsonl."""
+    write_rows(folder / "train.jsonl", reviews(24))
+    write_rows(folder / f"{second}.jsonl", reviews(8, seed=1))
+    return folder
+
+
 def words(base: Path, data: Path, out: Path, name: str = "run", **settings: Any) -> list[str]:
     """Words after `tunesmith train`: small batches in float32 on the CPU, unless `settings` (a__b=c) say otherwise."""
     chosen: dict[str, Any] = {

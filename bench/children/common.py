@@ -35,6 +35,13 @@ def tell(event: str, **values: Any) -> None:
     print(MARK + json.dumps({"event": event, "t": t, **values}), flush=True)
 
 
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that `work` takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
 def read_examples(path: str) -> list[dict[str, list[int]]]:
     """The encoded rows of a file."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]

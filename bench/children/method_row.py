@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.children.common import spec, tell
+from bench.children.common import spec, tell, timed
 from bench.children.trial import Bench, attach, prepare, train
 from tunesmith.data.encode import encode_prompt
 from tunesmith.errors import CannotMerge, NumericalError, TunesmithError
@@ -147,14 +147,8 @@ def _prompts(bench: Bench, count: int) -> list[list[int]]:
 def _milliseconds(work: Callable[[], Any]) -> float:
     """The median time of REPEATS calls, after one that does not count."""
     work()
-    times: Sequence[float] = [_timed(work) for _ in range(REPEATS)]
+    times: Sequence[float] = [timed(work) for _ in range(REPEATS)]
     return 1000 * median(times)
-
-
-def _timed(work: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from bench.children.common import spec, tell
+from bench.children.common import spec, tell, timed
 from tunesmith.adapters import attach
 from tunesmith.data.catalog import resolve_model
 from tunesmith.export.gptq import Gptq, quantize_gptq
@@ -126,13 +125,6 @@ def reading(path: Path, dtype: torch.dtype, quant: Spec, repeats: int) -> dict[s
     copy(), read()
     pairs = [(timed(copy), timed(read)) for _ in range(repeats)]
     return {"copy_gbps": written / median(a for a, _ in pairs), "read_gbps": written / median(b for _, b in pairs)}
-
-
-def timed(work: Callable[[], None]) -> float:
-    """Seconds that `work` takes."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from statistics import median
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.children.common import spec, tell
+from bench.children.common import spec, tell, timed
 from tunesmith.adapters import attach
 from tunesmith.config import AttentionSettings
 from tunesmith.hardware import describe
@@ -112,13 +111,6 @@ def counts(length: int, pattern: Pattern | None, kv_heads: int) -> dict[str, flo
         "pairs": sum(n * h for n, h in zip(seen, heads, strict=True)) / kv_heads,
         "products": sum(n * h for n, h in zip(made, heads, strict=True)) / kv_heads,
     }
-
-
-def timed(work: Callable[[], None]) -> float:
-    """Seconds that `work` takes."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

@@ -10,28 +10,19 @@ import peft
 import torch
 import transformers as tf
 from safetensors.torch import load_file
-from tests.laws.peers import padded_step, twin_models, wide_norms
-from tests.laws.small import VOCAB, disturb, examples, logits_of, relative, run_packs
+from tests.laws.peers import SIZES, padded_step, twin_models, wide_norms
+from tests.laws.small import disturb, examples, logits_of, relative, run_packs
 from tests.model.checkpoints import reference
 from torch import Tensor
 
 from tunesmith.adapters import attach
 from tunesmith.adapters.peft_format import load_adapter, save_adapter
 from tunesmith.data.pack import plan_packs
+from tunesmith.export.merge import merged_weights
 from tunesmith.files import atomic_folder
 from tunesmith.model.layout import Layout
 from tunesmith.model.load import load_model
 
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-}
 TOKENS = torch.arange(3, 60)
 Spec = Mapping[str, Any]
 
@@ -135,3 +126,16 @@ def check_theirs(config: Any, tmp_path: Path, family: str = "llama") -> None:
     save(adapter, tmp_path / "ours")
     assert same_tensors(tmp_path / "theirs", tmp_path / "ours")
     assert agree(their_logits(peft.PeftModel.from_pretrained(reference(family), tmp_path / "ours")), expected)
+
+
+def check_merged(options: Any, layers: int, folder: Path) -> None:
+    """PEFT's adapter merged here is what PEFT merges, to float32's rounding; `layers` weights have changed."""
+    peer = peft.get_peft_model(reference("llama"), options)
+    move(peer)
+    peer.save_pretrained(folder / "a")
+    reference("llama").save_pretrained(folder / "base")
+    model = load_model(folder / "base")
+    tensors, changed, _ = merged_weights(model, load_adapter(folder / "a", model), torch.float32)
+    merged = peer.merge_and_unload().state_dict()
+    assert len(changed) == layers and merged.keys() >= tensors.keys()
+    assert max((tensors[key] - merged[key]).abs().max() for key in tensors) < 1e-6

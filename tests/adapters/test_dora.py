@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.adapters.exchange import agree, check_ours, check_theirs, move, our_logits, save, their_logits
+from tests.adapters.exchange import agree, check_merged, check_ours, check_theirs, our_logits, save, their_logits
 from tests.laws.small import TINY, build, disturb, logits_of, relative, sample_row
 from tests.model.checkpoints import reference
 
@@ -18,7 +18,6 @@ from tunesmith.adapters import attach, find_method
 from tunesmith.adapters.dora import DoRASettings
 from tunesmith.adapters.peft_format import load_adapter, read_info
 from tunesmith.errors import AdapterError, ConfigError
-from tunesmith.export.merge import merged_weights
 from tunesmith.model.llama import Llama
 from tunesmith.model.load import load_model
 from tunesmith.model.shapes import shape
@@ -151,17 +150,7 @@ def test_the_file_says_which_of_the_two_it_is(use_dora: bool, tmp_path: Path) ->
 
 
 def test_merged_as_peft_merges(tmp_path: Path) -> None:
-    peer = peft.get_peft_model(
-        reference("llama"), peft.LoraConfig(r=4, target_modules="all-linear", use_dora=True, task_type="CAUSAL_LM")
-    )
-    move(peer)
-    peer.save_pretrained(tmp_path / "a")
-    reference("llama").save_pretrained(tmp_path / "base")
-    model = load_model(tmp_path / "base")
-    tensors, layers, _ = merged_weights(model, load_adapter(tmp_path / "a", model), torch.float32)
-    merged = peer.merge_and_unload().state_dict()
-    assert len(layers) == 21 and merged.keys() >= tensors.keys()
-    assert max((tensors[key] - merged[key]).abs().max() for key in tensors) < 1e-6
+    check_merged(peft.LoraConfig(r=4, target_modules="all-linear", use_dora=True, task_type="CAUSAL_LM"), 21, tmp_path)
 
 
 def saved(tmp_path: Path, **settings) -> Path:

@@ -7,13 +7,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from tests.adapters.exchange import check_ours, check_theirs, move, our_logits
+from tests.adapters.exchange import check_merged, check_ours, check_theirs, our_logits
 from tests.laws.small import VOCAB, build, disturb, logits_of, sample_row
 from tests.model.checkpoints import reference
 
 from tunesmith.adapters import attach, find_method
 from tunesmith.adapters.lora import EmbeddingDelta, LoRASettings
-from tunesmith.adapters.peft_format import load_adapter
 from tunesmith.export.merge import merged_weights
 from tunesmith.model.llama import Llama
 from tunesmith.model.load import load_model
@@ -101,16 +100,7 @@ def test_theirs_here_and_back(name: str, family: str, tmp_path: Path) -> None:
 
 
 def test_merged_as_peft_merges(tmp_path: Path) -> None:
-    options = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["embed_tokens", "q_proj"])
-    peer = peft.get_peft_model(reference("llama"), options)
-    move(peer)
-    peer.save_pretrained(tmp_path / "a")
-    reference("llama").save_pretrained(tmp_path / "base")
-    model = load_model(tmp_path / "base")
-    tensors, layers, _ = merged_weights(model, load_adapter(tmp_path / "a", model), torch.float32)
-    merged = peer.merge_and_unload().state_dict()
-    assert len(layers) == 4 and merged.keys() >= tensors.keys()
-    assert max((tensors[key] - merged[key]).abs().max() for key in tensors) < 1e-6
+    check_merged(peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["embed_tokens", "q_proj"]), 4, tmp_path)
 
 
 def test_merging_unties_the_head(tmp_path: Path) -> None:

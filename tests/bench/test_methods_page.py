@@ -17,7 +17,7 @@ from bench.ledger import Ledger
 from bench.method_table import Row, label
 from bench.methods_page import page
 from tests.laws.small import TINY
-from tests.tiny import reviews, write_rows
+from tests.tiny import review_folder, reviews
 
 from tunesmith.adapters import find_method
 from tunesmith.adapters.peft_format import read_info
@@ -31,10 +31,7 @@ pytestmark = pytest.mark.usefixtures("single_thread")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Reviews without a validation set: the page measures on the test set."""
-    folder = tmp_path_factory.mktemp("reviews")
-    write_rows(folder / "train.jsonl", reviews(24))
-    write_rows(folder / "test.jsonl", reviews(8, seed=1))
-    return folder
+    return review_folder(tmp_path_factory.mktemp("reviews"), "test")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from bench.ledger import Ledger
 from bench.method_table import ROWS, Row, beyond, chosen, grid, label, leads
 from bench.pages import ask_facts, kept
 from bench.rates_page import choice, further, page
-from tests.tiny import reviews, write_rows
+from tests.tiny import review_folder
 
 from tunesmith.adapters import find_method, kinds
 from tunesmith.config import load_run, validate_section
@@ -35,10 +35,7 @@ pytestmark = pytest.mark.usefixtures("single_thread")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Reviews without a test set: a search that read one would fail."""
-    folder = tmp_path_factory.mktemp("reviews")
-    write_rows(folder / "train.jsonl", reviews(24))
-    write_rows(folder / "valid.jsonl", reviews(8, seed=1))
-    return folder
+    return review_folder(tmp_path_factory.mktemp("reviews"), "valid")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from tests.laws.small import build
+from tests.laws.small import VOCAB, build
 from torch import Tensor
 from torch.nn import functional
 from transformers.models.llama import modeling_llama
@@ -23,6 +23,16 @@ from tunesmith.data.encode import Example
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.llama import Llama
 
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+}
 NORMS = (
     modeling_llama.LlamaRMSNorm,
     modeling_mistral.MistralRMSNorm,

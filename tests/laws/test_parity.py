@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.laws.small import TINY, VOCAB, build, disturb, examples, logits_of, relative, run_packs
+from tests.laws.small import TINY, build, disturb, examples, logits_of, relative, run_packs
 from torch import Tensor
 
 from tunesmith.adapters import Adapter, attach
@@ -22,18 +22,8 @@ from tunesmith.model.llama import Llama
 
 tf = pytest.importorskip("transformers")
 pytest.importorskip("peft")
-from tests.laws.peers import padded_step, peft_twin, twin_models, wide_norms  # noqa: E402
+from tests.laws.peers import SIZES, padded_step, peft_twin, twin_models, wide_norms  # noqa: E402
 
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-}
 ROPE3 = {
     "rope_type": "llama3",
     "rope_theta": 20.0,  # one wavelength in each of the three ranges, the blended one included

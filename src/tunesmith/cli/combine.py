@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli.shell import app, command, note, out, out_json
+from tunesmith.cli.shell import app, command, out_report
 from tunesmith.errors import ConfigError
 
 
@@ -31,12 +31,7 @@ def combine(
     from tunesmith import api
 
     report = api.combine(weights, base=base, out=destination)
-    if json:
-        out_json(report)
-        return
-    for key, value in report.items():
-        note(f"{key.replace('_', ' '):<28} {value}")
-    out(str(destination))
+    out_report(report, destination, json)
 
 
 def read_weights(words: list[str]) -> dict[str, float]:

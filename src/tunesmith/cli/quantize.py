@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli.shell import app, command, note, out, out_json
+from tunesmith.cli.shell import app, command, out_report
 from tunesmith.errors import ConfigError
 
 
@@ -62,9 +62,4 @@ def quantize(
         section = validate_section(QuantSection, given, "quant")
         spec, by = Spec(section.kind, section.block_size, section.double_quant), None
     report = quantize_model(path, destination, spec, dtype=dtype, force=force, by=by)
-    if json:
-        out_json(report)
-        return
-    for key, value in report.items():
-        note(f"{key.replace('_', ' '):<28} {value}")
-    out(str(destination))
+    out_report(report, destination, json)

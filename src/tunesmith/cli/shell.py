@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
@@ -76,6 +76,16 @@ def out(text: str = "") -> None:
 def out_json(value: Any) -> None:
     """Write the result to stdout as JSON that a script reads."""
     out(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def out_report(report: Mapping[str, Any], destination: object, as_json: bool) -> None:
+    """What was made and where: the report as JSON, or as notes with the destination alone on stdout."""
+    if as_json:
+        out_json(report)
+        return
+    for key, value in report.items():
+        note(f"{key.replace('_', ' '):<28} {value}")
+    out(str(destination))
 
 
 def note(text: str) -> None:

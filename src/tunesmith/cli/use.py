@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tunesmith.cli.methods import MethodFiles, open_files
-from tunesmith.cli.shell import app, command, console, note, out, out_json
+from tunesmith.cli.shell import app, command, console, out, out_report
 from tunesmith.errors import ConfigError, DataError, GenerationError
 
 Target = Annotated[
@@ -139,12 +139,7 @@ def merge(
     from tunesmith import api
 
     report = api.merge(target, base=base, out=destination, dtype=dtype, force=force)
-    if json:
-        out_json(report)
-        return
-    for key, value in report.items():
-        note(f"{key.replace('_', ' '):<28} {value}")
-    out(str(destination))
+    out_report(report, destination, json)
 
 
 def given(**settings: Any) -> dict[str, Any]:

@@ -232,15 +232,7 @@ def _real(queries: Tensor) -> tuple[Tensor | slice, Tensor]:
 
 
 @tiled_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tiles: list[Tensor],
-    merged: bool = False,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
@@ -286,17 +278,7 @@ def _flat(x: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @tiled_attention_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    sums: Tensor,
-    tiles: list[Tensor],
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 

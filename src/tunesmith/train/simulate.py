@@ -2,8 +2,9 @@
 
     forward -> loss -> backward, on meta tensors, with a count of the bytes of all storages that are alive
 
-Nothing is computed and no weight is read, so a 65B model on a laptop takes seconds; and since it is the real step that
-runs, the count holds for every method, pack, recomputation and dtype without a formula for each.
+Nothing is computed and no weight is read; and since it is the real step that runs, the count holds for every method,
+pack and recomputation without a formula for each (tests/train/test_simulate.py: to the byte). What an allocator adds
+is not in it, nor what torch's own attention operator holds within itself. The planner does not use it yet.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def step_bytes(
     `native`: with the shapes that the CPU's native kernels make, instead of torch's.
     """
     trained = list(adapter.trainable.values())
+    ctx = model.context(pack.layout)  # beforehand: positions and tiles are no bytes to speak of
     with _training(model), shapes_only(native), LiveBytes() as live:
         live.ignore([*model.parameters(), *model.buffers()])
         live.ignore([pack.tokens, pack.where, pack.target, pack.weight])
@@ -84,7 +86,6 @@ def step_bytes(
             p.grad = torch.empty_like(p)
         live.ignore([p.grad for p in trained if p.grad is not None])
         live.now = live.peak = 0
-        ctx = model.context(pack.layout)
         loss = pack_loss(model, pack, ctx, model.run(pack.tokens, ctx, recompute))
         kept = live.now
         loss.backward()
