@@ -15,14 +15,16 @@ from tunesmith.tokenizer import Tokenizer
 class Subject:
     """`examples` are the encoded `rows`; `labels` the classes of a classification (empty: none).
 
+    A task (evaluate/tasks.py) brings its own items: it is given a subject without rows.
+
     `adapters`: the attached ones that act (None: all, (): the bare base). `budget`: tokens of a pack.
     """
 
     model: Llama
     tokenizer: Tokenizer
     template: Template
-    rows: tuple[Row, ...]
-    examples: tuple[Example, ...]
+    rows: tuple[Row, ...] = ()
+    examples: tuple[Example, ...] = ()
     labels: tuple[str, ...] = ()
     adapters: tuple[str, ...] | None = None
     budget: int = 4096

@@ -1,0 +1,49 @@
+"""A task: a published set, how its rows are read, and what is measured on them.
+
+A file that holds one ends with
+
+    TASK = Task("hellaswag", "endings of everyday scenes", Settings, read, measure)
+
+and stands in the table of evaluate/suite.py. `Settings` is a frozen pydantic dataclass (`extra="forbid"`) whose fields
+have defaults; a user sets them as hellaswag.shots=5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunesmith.evaluate.figures import Figure
+from tunesmith.evaluate.subject import Subject
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a task found.
+
+    `figures` by name, the main one first. `stated`: how it was measured, such as window or shots, as plain values.
+    `each`: of some figures, the value of every item in order, which paired tests need. `samples`: a record of every
+    item, for whoever wants to read them; may be empty.
+    """
+
+    figures: Mapping[str, Figure]
+    stated: Mapping[str, Any] = field(default_factory=dict)
+    each: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    samples: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """`read(path, settings)` gives the items of a file or folder; raises DataError with file and line.
+
+    `measure(subject, items, settings)` takes at least one item; `subject` has a model, its tokenizer, template, acting
+    adapters and budget, and no rows. `about` is one line for lists.
+    """
+
+    name: str
+    about: str
+    settings: type
+    read: Callable[[Path, Any], Sequence[Any]]
+    measure: Callable[[Subject, Sequence[Any], Any], Result]
