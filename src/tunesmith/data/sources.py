@@ -14,11 +14,12 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tunesmith.data.image_field import from_folder
 from tunesmith.data.schemas import Row, default_instruction, find_schema, labels, read_row, recognise, with_instruction
 from tunesmith.errors import DataError, did_you_mean
 
@@ -104,19 +105,26 @@ def _read_files(paths: Sequence[Path], schema: str, limit: int | None) -> list[R
     return rows
 
 
+def raw_rows(path: Path) -> Numbered:
+    """Lines or row numbers of a data file, from 1, with the parsed row as it stands there, of any known extension.
+
+    Raises DataError naming file and line.
+    """
+    try:
+        yield from _reader(path)(path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error}); copy or download it again") from None
+
+
 def _read_file(path: Path, schema: str, limit: int | None) -> list[Row]:
     if limit is not None and limit < 1:
         raise DataError(f"data.limit={limit}: must be at least 1")
-    reader = _reader(path)
     known = None if schema == "auto" else find_schema(schema)
     rows: list[Row] = []
-    try:
-        for line, raw in islice(reader(path), limit):
-            where = f"{path}:{line}"
-            known = known or recognise(raw, where)
-            rows.append(read_row(raw, where, known))
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({error}); copy or download it again") from None
+    for line, raw in islice(raw_rows(path), limit):
+        where = f"{path}:{line}"
+        known = known or recognise(raw, where)
+        rows.append(read_row(raw, where, known))
     if not rows:
         raise DataError(f"{path}: holds no row; give it data or name another file")
     return rows

@@ -26,12 +26,12 @@ def context_limit(config: ModelConfig) -> int | None:
     return None if windowed else config.max_position_embeddings
 
 
-def check_prompt(config: ModelConfig, prompt: Sequence[int], name: str) -> None:
-    """Raise GenerationError where a prompt is empty, too long for the model, or not of its vocabulary."""
+def check_prompt(config: ModelConfig, prompt: Sequence[int], name: str, room: int = 1) -> None:
+    """Raise GenerationError where a prompt is empty, not of the vocabulary, or leaves no `room` for further tokens."""
     limit = context_limit(config)
     if not len(prompt):
         raise GenerationError(f"{name}: holds no token; give it a text, or the tokenizer's BOS token")
-    if limit is not None and len(prompt) >= limit:
+    if limit is not None and len(prompt) > limit - room:
         raise GenerationError(
             f"{name}: {len(prompt)} tokens leave no room in the model's context of {limit} "
             "(max_position_embeddings); shorten it"
