@@ -9,18 +9,24 @@
 | text              | text                                 |                        |
 | classification    | text, label                          |                        |
 | dolly             | instruction, context, response       | system                 |
-| multiple-choice   | question, choices, answer            | image, context, system |
+| multiple-choice   | question, choices, answer            | context, system        |
 
-Other keys of a row (an id, a category) are left alone.
+Each may have an `image` as well: a path (from the file's folder), bytes, or a data URL. Other keys of a row (an id, a
+category) are left alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from tunesmith.data.image_field import image_of
 from tunesmith.errors import DataError, did_you_mean
+
+if TYPE_CHECKING:
+    from tunesmith.model.sight import Picture
 
 ROLES = {
     "system": "system",
@@ -50,7 +56,8 @@ class Row:
 
     `source` is "file:line", `kind` the schema's name, `turns` the conversation that every template can render, `label`
     the label of a classification row, `choices` the options of a multiple-choice row, `fields` the row's named texts
-    (instruction, input, output, system, text, label, question, choices, prompt, image: those that the schema has).
+    (instruction, input, output, system, text, label, question, choices, prompt: those that the schema has), `image`
+    its image: as the file has it, or opened (vision/open.py).
     """
 
     source: str
@@ -59,6 +66,7 @@ class Row:
     label: str | None = None
     choices: tuple[str, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
+    image: Path | bytes | Picture | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +96,8 @@ def read_row(raw: object, source: str, schema: Schema) -> Row:
             f"{source}: field {missing[0]!r} is missing (keys here: {keys}){hint}; this file is read as "
             f"{schema.name} {schema.keys()}, and all rows of a file have one schema"
         )
-    return schema.read(raw, source)
+    row, image = schema.read(raw, source), image_of(raw, source)
+    return row if image is None else replace(row, image=image)
 
 
 def find_schema(name: str) -> Schema:
@@ -277,8 +286,6 @@ def _multiple_choice(raw: Mapping[str, Any], source: str) -> Row:
         source, "multiple-choice", system, (), instruction=asked, input="", output=f"The answer is ({letter})"
     )
     fields = {**row.fields, "question": question, "choices": listed, "label": letter}
-    if raw.get("image") is not None:
-        fields["image"] = _text(raw, "image", source)
     return replace(row, label=letter, choices=options, fields=fields)
 
 
@@ -380,6 +387,6 @@ SCHEMAS: dict[str, Schema] = {
         Schema("text", ("text",), (), _raw_text),
         Schema("classification", ("text", "label"), (), _classification),
         Schema("dolly", ("instruction", "context", "response"), ("system",), _dolly),
-        Schema("multiple-choice", ("question", "choices", "answer"), ("image", "context", "system"), _multiple_choice),
+        Schema("multiple-choice", ("question", "choices", "answer"), ("context", "system"), _multiple_choice),
     )
 }

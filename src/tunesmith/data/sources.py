@@ -124,7 +124,8 @@ def _read_file(path: Path, schema: str, limit: int | None) -> list[Row]:
     for line, raw in islice(raw_rows(path), limit):
         where = f"{path}:{line}"
         known = known or recognise(raw, where)
-        rows.append(read_row(raw, where, known))
+        row = read_row(raw, where, known)
+        rows.append(replace(row, image=from_folder(row.image, path.parent)) if row.image is not None else row)
     if not rows:
         raise DataError(f"{path}: holds no row; give it data or name another file")
     return rows
