@@ -91,6 +91,13 @@ class Answer:
             shown += self._end("length")
         return shown
 
+    @property
+    def settled(self) -> int:
+        """How many tokens' text has been shown whole, so that no stop string can take them back."""
+        shown = sum(map(len, self._text))
+        ends = [i for i, end in enumerate(self._decoded) if end <= shown and end > (self._decoded[i - 1] if i else 0)]
+        return ends[-1] + 1 if ends else 0
+
     def result(self) -> Generation:
         """The finished answer."""
         logprobs = tuple(self.logprobs) if self.job.logprobs else None

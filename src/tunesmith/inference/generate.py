@@ -155,9 +155,13 @@ def new_answer(
     adapters: tuple[str, ...] | None = None,
 ) -> Answer:
     """The empty answer number `number` to a prompt, with as many tokens ahead as settings and context allow."""
+    return Answer(index, job, prompt, most_tokens(job, prompt), generator_for(seed, number), adapters)
+
+
+def most_tokens(job: Job, prompt: Sequence[int]) -> int:
+    """How long an answer to this prompt may get, by the settings and the model's context."""
     limit = context_limit(job.model.config)
-    most = job.settings.max_new_tokens if limit is None else min(job.settings.max_new_tokens, limit - len(prompt))
-    return Answer(index, job, prompt, most, generator_for(seed, number), adapters)
+    return job.settings.max_new_tokens if limit is None else min(job.settings.max_new_tokens, limit - len(prompt))
 
 
 def _groups(job: Job, prompts: Sequence[Sequence[int]], cache_bytes: int) -> Iterator[list[int]]:
