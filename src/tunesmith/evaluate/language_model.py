@@ -13,6 +13,8 @@ from tunesmith.data.pack import plan_packs
 from tunesmith.errors import DataError
 from tunesmith.model.llama import Llama
 
+UNIFORM = 1e-3  # how near to ln(vocabulary) a loss must come to look like uniform logits
+
 
 @torch.no_grad()
 def language_model_metrics(
@@ -35,5 +37,14 @@ def language_model_metrics(
     if not tokens:
         raise DataError("evaluation: no row has a supervised token; look at them with `tunesmith data preview`")
     mean = loss / tokens
-    perplexity = math.exp(mean) if mean < 700 else math.inf
-    return {"eval_loss": mean, "perplexity": perplexity, "mean_token_accuracy": correct / tokens}
+    return {"eval_loss": mean, "perplexity": perplexity_of(mean), "mean_token_accuracy": correct / tokens}
+
+
+def perplexity_of(loss: float) -> float:
+    """exp(loss), infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def is_uniform(loss: float, vocab_size: int) -> bool:
+    """Is a loss that of equal chances for all tokens? Then weights were not loaded, or never trained."""
+    return abs(loss - math.log(vocab_size)) < UNIFORM

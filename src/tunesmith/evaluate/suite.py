@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ConfigError, did_you_mean
+from tunesmith.evaluate.perplexity import CORPORA
 from tunesmith.evaluate.tasks import Task
 
-_ALL: tuple[Task, ...] = ()  # a new task: one more name here
+_ALL: tuple[Task, ...] = (*CORPORA,)  # a new task: one more name here
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 

@@ -25,13 +25,14 @@ class Result:
 
     `figures` by name, the main one first. `stated`: how it was measured, such as window or shots, as plain values.
     `each`: of some figures, the value of every item in order, which paired tests need. `samples`: a record of every
-    item, for whoever wants to read them; may be empty.
+    item, for whoever wants to read them; may be empty. `notes`: what is suspicious about them, a line each.
     """
 
     figures: Mapping[str, Figure]
     stated: Mapping[str, Any] = field(default_factory=dict)
     each: Mapping[str, Sequence[float]] = field(default_factory=dict)
     samples: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
