@@ -139,7 +139,6 @@ def _start() -> subprocess.Popen[bytes]:
     """Start the worker, isolated from this process's environment: nothing secret is inherited."""
     import jinja2
 
-    kept = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ")
     worker = Path(__file__).with_name("sandbox_worker.py")
     # jinja2 may have come by PYTHONPATH, which -I ignores; its folder is searched last
     folder = str(Path(jinja2.__file__).parents[1])
@@ -149,8 +148,14 @@ def _start() -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={key: os.environ[key] for key in kept if key in os.environ},
+        env=clean_environment(),
     )
+
+
+def clean_environment() -> dict[str, str]:
+    """What a confined process is told of this one's environment: enough to start, and nothing secret."""
+    kept = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ")
+    return {key: os.environ[key] for key in kept if key in os.environ}
 
 
 def _read_line(process: subprocess.Popen[bytes], deadline: float) -> bytes:
