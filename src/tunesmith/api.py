@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 from tunesmith import adapters as methods
 from tunesmith import inference
 from tunesmith.adapters import Adapter
-from tunesmith.adapters.peft_format import AdapterInfo, load_adapter, read_info
+from tunesmith.adapters.peft_format import AdapterInfo, adapter_folder, load_adapter, read_info
 from tunesmith.config import DataSection, ModelSection, QuantSection, load_run, validate_section
 from tunesmith.data.encode import encode_prompt
 from tunesmith.data.schemas import chat_row
 from tunesmith.data.segments import Template
-from tunesmith.data.templates import from_dict, get_template
-from tunesmith.errors import AdapterError, ConfigError, TokenizerError, did_you_mean
+from tunesmith.errors import AdapterError, ConfigError, did_you_mean
 from tunesmith.inference.sample import GenerationSettings
+from tunesmith.inference.templates import base_template, saved_template
 from tunesmith.model.quantize import quant_of, spec_of
 from tunesmith.plan import plan_run, preview_data
 from tunesmith.prepare import Loaded, held_out_rows, load_base
@@ -77,17 +77,10 @@ def load(
     if name is not None and (own := adapter_folder(Path(name))) is not None:
         named = {"default": own, **named}
         name = None
-    infos = {key: read_info(adapter_folder(path) or path) for key, path in named.items()}
-    base = str(name) if name is not None else _base_of(infos)
-    trained = _trained_as(named)
-    if trained is not None:
-        dtype = trained.dtype if dtype == "auto" else dtype
-        revision = revision or (trained.revision if trained.path == base else None)
-    section = ModelSection(path=base, revision=revision, dtype=dtype, device=device)  # type: ignore[arg-type]
-    loaded = load_base(section, _quant(quant, infos))
+    loaded, infos = load_for(name, named, revision=revision, dtype=dtype, device=device, quant=quant)
     for key, info in infos.items():
         loaded.adapters[key] = load_adapter(info.folder, loaded.model, key, identity=loaded.identity)
-        template = _template_of(info, loaded)
+        template = saved_template(info, loaded.tokenizer, loaded.name)
         if template is not None:
             loaded.templates[key] = template
     changed = [key for key, adapter in loaded.adapters.items() if adapter.base]
@@ -98,6 +91,29 @@ def load(
         )
     loaded.model.eval()
     return loaded
+
+
+def load_for(
+    name: str | Path | None,
+    adapters: Mapping[str, Path],
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    quant: str | Mapping[str, Any] | None = None,
+) -> tuple[Loaded, dict[str, AdapterInfo]]:
+    """Load the base alone that these adapters (runs or adapter folders) act on, and read what each says of itself.
+
+    `name` is the base; None: the one that they name. The rest is as for `load`.
+    """
+    infos = {key: read_info(adapter_folder(path) or path) for key, path in adapters.items()}
+    base = str(name) if name is not None else _base_of(infos)
+    trained = _trained_as(adapters)
+    if trained is not None:
+        dtype = trained.dtype if dtype == "auto" else dtype
+        revision = revision or (trained.revision if trained.path == base else None)
+    section = ModelSection(path=base, revision=revision, dtype=dtype, device=device)  # type: ignore[arg-type]
+    return load_base(section, _quant(quant, infos)), infos
 
 
 def attach(loaded: Loaded, kind: str = "lora", name: str = "default", *, seed: int = 0, **settings: Any) -> Adapter:
@@ -214,6 +230,12 @@ def choose(loaded: Loaded, use: str | None) -> tuple[str, ...]:
     return (use,)
 
 
+def acting(loaded: Loaded, use: str | None = None) -> tuple[Template, tuple[str, ...]]:
+    """The template that `use` is asked with, and the adapters in seams that then act. Raises AdapterError."""
+    active = choose(loaded, use)
+    return template_of(loaded, active), _in_seams(loaded, active)
+
+
 def _in_seams(loaded: Loaded, names: tuple[str, ...]) -> tuple[str, ...]:
     """Those that sit in the model's seams; a method that trained base weights acts by having changed them."""
     return tuple(name for name in names if loaded.adapters[name].deltas)
@@ -225,7 +247,7 @@ def template_of(loaded: Loaded, active: tuple[str, ...]) -> Template:
         return loaded.templates[active[0]]
     if loaded.template is not None and active:
         return loaded.template
-    return get_template("chat" if loaded.tokenizer.chat_template else "plain", loaded.tokenizer)
+    return base_template(loaded.tokenizer)
 
 
 def verify(path: str | Path, *, base: str | None = None) -> dict[str, Any]:
@@ -318,14 +340,6 @@ def evaluate(
     return {"data": section.train, **report}
 
 
-def adapter_folder(path: Path) -> Path | None:
-    """The adapter folder at `path` or in the run folder `path`; None where there is none."""
-    for folder in (path, path / "adapter"):
-        if (folder / "adapter_config.json").is_file() or (folder / "tunesmith.json").is_file():
-            return folder
-    return None
-
-
 def _trained_as(adapters: Mapping[str, Path]) -> ModelSection | None:
     """The model section of the only run among these folders."""
     configs = {folder / "config.yaml" for path in adapters.values() for folder in (path, path.parent)}
@@ -354,18 +368,6 @@ def _base_of(infos: Mapping[str, AdapterInfo]) -> str:
         found = f"they name {', '.join(sorted(bases))}" if bases else "none is named"
         raise ConfigError(f"which base model? {found}; say it with --model (or --base)")
     return bases.pop()
-
-
-def _template_of(info: AdapterInfo, loaded: Loaded) -> Template | None:
-    """The template saved with an adapter; its tokenizer must be the base's. Raises TokenizerError, TemplateError."""
-    if info.tokenizer is not None:
-        own = loaded.tokenizer.fingerprint()
-        if own != dict(info.tokenizer):
-            raise TokenizerError(
-                f"{info.folder}: was trained with another tokenizer than {loaded.name} has now; use the base it was "
-                "trained on"
-            )
-    return from_dict(info.template, loaded.tokenizer) if info.template else None
 
 
 def _settings(adapter: Adapter) -> dict[str, Any]:

@@ -11,7 +11,10 @@ TunesmithError                exit code 2: bad input or configuration
 |   `-- CannotExchange        an adapter that PEFT's format cannot say exactly, with the reason
 |-- CatalogError              a name that cannot be resolved or downloaded
 |-- CheckpointError           a checkpoint that is incomplete or belongs to another run
+|-- DamagedRun                a run folder that is not what was written
 |-- GenerationError           inconsistent generation settings
+|-- RequestError              a request that a server does not answer; `status` is its HTTP status
+|-- JudgeError                a judge that cannot be reached, or refuses
 |-- ResourceError             exit code 3
 |   |-- OutOfMemory
 |   `-- DiskError
@@ -24,7 +27,11 @@ TunesmithError                exit code 2: bad input or configuration
 from __future__ import annotations
 
 import difflib
+import errno
+import sys
 from collections.abc import Iterable
+
+_SHORT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 class TunesmithError(Exception):
@@ -73,8 +80,24 @@ class CheckpointError(TunesmithError):
     """A checkpoint is incomplete, damaged, or belongs to another run."""
 
 
+class DamagedRun(TunesmithError):
+    """A finished run's folder is not what was written; the message says which file. It is named and left out."""
+
+
 class GenerationError(TunesmithError):
     """Generation settings contradict each other or are out of range."""
+
+
+class RequestError(TunesmithError):
+    """A request to a server is refused, or cannot be answered now; `status` is what HTTP calls it, `code` its name."""
+
+    def __init__(self, message: str, status: int = 400, code: str = "invalid_request") -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+class JudgeError(TunesmithError):
+    """A judge of a tournament cannot be reached or refuses; what it said before is kept."""
 
 
 class ResourceError(TunesmithError):
@@ -115,3 +138,13 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the closest of `choices`, or an empty string."""
     close = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Say whether an error of whatever library means that memory ran out."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    torch = sys.modules.get("torch")  # an error of torch's can only be raised when torch is there
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORT_OF_MEMORY)

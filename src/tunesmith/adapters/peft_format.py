@@ -137,11 +137,17 @@ def exported(adapter: Adapter) -> tuple[dict[str, Any] | None, dict[str, Tensor]
 
 
 def load_adapter(
-    folder: Path, model: Llama, name: str = "default", *, identity: Mapping[str, Any] | None = None
+    folder: Path,
+    model: Llama,
+    name: str = "default",
+    *,
+    identity: Mapping[str, Any] | None = None,
+    routed: bool = False,
 ) -> Adapter:
     """Attach the adapter saved in `folder` (ours, or any PEFT LoRA) to `model` under `name`.
 
-    With `identity`, the model's `model_identity`, an adapter that was trained on another base is refused. Raises
+    With `identity`, the model's `model_identity`, an adapter that was trained on another base is refused; `routed`:
+    also one whose method trains the base's own weights, which others on this base would have as well. Raises
     AdapterError for a folder that is damaged, not understood or does not fit; `model` is then as it was before.
     """
     info = read_info(folder)
@@ -163,10 +169,25 @@ def load_adapter(
         adapter = attach(model, {**settings, "kind": info.kind}, name)
     except ConfigError as error:
         raise AdapterError(f"{info.folder}: {error}") from None
+    if routed and adapter.base:
+        held = next(iter(adapter.base))
+        _take_off(adapter, model)
+        raise AdapterError(
+            f"{info.folder}: its method ({adapter.kind}) trains weights of the base itself, such as {held}, so it "
+            "cannot act on some requests and not on others; merge it, and serve the merged model by itself"
+        )
     _fill(adapter, state, model, str(info.weights))
     if dead := changes_nothing(exported(adapter)[1]):
         logger.warning("%s: %s", info.weights, dead)
     return adapter
+
+
+def adapter_folder(path: Path) -> Path | None:
+    """The adapter folder at `path` or in the run folder `path`; None where there is none."""
+    for folder in (path, path / "adapter"):
+        if (folder / CONFIG).is_file() or (folder / NATIVE).is_file():
+            return folder
+    return None
 
 
 def read_info(folder: Path) -> AdapterInfo:
@@ -247,13 +268,18 @@ def _fill(adapter: Adapter, state: Mapping[str, Tensor], model: Llama, where: st
     try:
         adapter.load_state(state, where)
     except AdapterError:
-        for place in adapter.deltas:
-            seam = model.get_submodule(place)
-            if isinstance(seam, Seam):
-                del seam[adapter.name]
-        for parameter in adapter.base.values():
-            parameter.requires_grad_(False)
+        _take_off(adapter, model)
         raise
+
+
+def _take_off(adapter: Adapter, model: Llama) -> None:
+    """Take off an adapter whose state was not loaded yet: nothing of the base has changed."""
+    for place in adapter.deltas:
+        seam = model.get_submodule(place)
+        if isinstance(seam, Seam):
+            del seam[adapter.name]
+    for parameter in adapter.base.values():
+        parameter.requires_grad_(False)
 
 
 def _peft_method(info: AdapterInfo) -> Exchangeable:

@@ -76,20 +76,19 @@ class SlotCache(Cache):
 
     def _reserve(self, tokens: int) -> None:
         self._fit(self.batch, tokens)
-        self._view()
 
     def _fit(self, rows: int, tokens: int) -> None:
-        """Have room for so many; when there is too little, the stores are made anew for what is needed now."""
-        have = self._stores[0][0].shape
-        if rows <= have[0] and tokens <= have[2]:
-            return
-        rows = max(rows, min(2 * rows, self.most_rows))
-        tokens = max(tokens, min(2 * tokens, self.most_tokens))
+        """Have room for so many; a store with too little is made anew for what is needed now."""
+        wanted = max(rows, min(2 * rows, self.most_rows)), max(tokens, min(2 * tokens, self.most_tokens))
         used = max(self.lengths, default=0)
-        for stores in self._stores:
-            for layer, store in enumerate(stores):  # one layer at a time: no second cache while copying
-                stores[layer] = fresh = store.new_zeros(_sized(store, rows, tokens))
-                fresh[: self.batch, :, :used] = store[: self.batch, :, :used]
+        try:
+            for stores in self._stores:
+                for layer, store in enumerate(stores):  # one layer at a time: no second cache while copying
+                    if rows > store.shape[0] or tokens > store.shape[2]:
+                        stores[layer] = fresh = store.new_zeros(_sized(store, *wanted))
+                        fresh[: self.batch, :, :used] = store[: self.batch, :, :used]
+        finally:  # memory may run out half-way: what is held is whole all the same
+            self._view()
 
     def _view(self) -> None:
         self.keys, self.values = ([store[: self.batch] for store in stores] for stores in self._stores)
