@@ -14,7 +14,7 @@ from tunesmith.cli import main
 
 COMMANDS = [
     (), ("train",), ("finetune",), ("chat",), ("generate",), ("evaluate",), ("verify",), ("inspect",), ("merge",),
-    ("combine",), ("plan",), ("quantize",), ("data",), ("data", "preview"), ("env",), ("demo",),
+    ("combine",), ("plan",), ("quantize",), ("data",), ("data", "preview"), ("env",), ("demo",), ("tournament",),
 ]  # fmt: skip
 HEAVY = (
     "torch",

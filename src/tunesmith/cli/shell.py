@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 from tunesmith import __version__
-from tunesmith.errors import Interrupted, TunesmithError
+from tunesmith.errors import Interrupted, TunesmithError, is_out_of_memory
 from tunesmith.hardware import share_cores
 
 if TYPE_CHECKING:
@@ -27,10 +28,19 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEBUG = "TUNESMITH_DEBUG"
-_SHORT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+class _Commands(TyperGroup):
+    """`tunesmith evaluate tournament` is the command `tournament`; `evaluate` itself takes what to measure."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that the words call."""
+        return super().resolve_command(ctx, args[1:] if args[:2] == ["evaluate", "tournament"] else args)
+
 
 app = typer.Typer(
     name="tunesmith",
+    cls=_Commands,
     help="Adapt LLaMA models to a task with few trained parameters, and prove that what was saved works.",
     no_args_is_help=True,
     add_completion=False,
@@ -127,7 +137,7 @@ def _failed(error: Exception) -> int:
     if isinstance(error, TunesmithError):
         note(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {_one_line(error)}")
         return error.exit_code
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         note(f"error: out of memory: {_one_line(error)}; try a smaller train.pack_tokens, or train.recompute=true")
         return 3
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -136,15 +146,6 @@ def _failed(error: Exception) -> int:
     hint = "" if os.environ.get(DEBUG) == "1" else f" (run with {DEBUG}=1 for the traceback)"
     note(f"error: {type(error).__name__}: {_one_line(error)}{hint}")
     return 1
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        return True
-    torch = sys.modules.get("torch")  # an error of torch's can only be raised when torch is there
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORT_OF_MEMORY)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,1 @@
+"""Tournaments: judgments of pairs of answers, and what follows from them: Elo, Bradley-Terry, % of a reference."""
