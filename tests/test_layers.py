@@ -16,7 +16,7 @@ LEVELS = [  # a room imports from its own level, without circles, and from the l
     | {"tournament", "predict"},
     {"compare", "serve", "export"},
     {"train", "evaluate", "inference"},
-    {"data", "adapters"},
+    {"data", "adapters", "vision"},
     {"model", "tokenizer"},
     {"quant"},
     {"config", "errors", "files", "hardware"},

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tunesmith.errors import AdapterError, CannotMerge
 from tunesmith.model.llama import Llama
 from tunesmith.model.seam import Context, Seam
+from tunesmith.model.sight import Look
 
 T = TypeVar("T")
 
@@ -26,7 +27,9 @@ class Delta(nn.Module):
 
     `adapter` is the name that it is attached under. `virtual_tokens`: how many tokens of its own it puts before every
     example (see `Context.virtual`); `infix_tokens`: how many right before every answer; `answer_ends`: of how many of
-    a prompt's last tokens it must be told (see `Context.to_answer`). The latter three are for deltas in `model.embed`.
+    a prompt's last tokens it must be told (see `Context.to_answer`); `looks`: which features of its example's image it
+    must be given, `visual_tokens`: how many tokens it puts before examples that have one (see `Context.sight`). The
+    latter five are for deltas in `model.embed`.
     `detached` names parameters whose gradient leaves out a part that the method holds constant.
     """
 
@@ -34,6 +37,8 @@ class Delta(nn.Module):
     virtual_tokens: int = 0
     infix_tokens: int = 0
     answer_ends: int = 0
+    looks: tuple[Look, ...] = ()
+    visual_tokens: int = 0
     detached: frozenset[str] = frozenset()
 
     def forward(self, value: Any, host: nn.Module, ctx: Context, given: Any) -> Any:

@@ -124,6 +124,8 @@ class Chain(Delta):
         self.virtual_tokens = sum(delta.virtual_tokens for delta in deltas.values())
         self.infix_tokens = sum(delta.infix_tokens for delta in deltas.values())
         self.answer_ends = max(delta.answer_ends for delta in deltas.values())
+        self.looks = tuple(dict.fromkeys(look for delta in deltas.values() for look in delta.looks))
+        self.visual_tokens = sum(delta.visual_tokens for delta in deltas.values())
         self.detached = frozenset(f"parts.{name}.{key}" for name, delta in deltas.items() for key in delta.detached)
 
     @property
@@ -295,9 +297,16 @@ def view(adapter: Adapter, part: Part) -> Adapter:
     return Adapter(adapter.name, part.method, part.settings, deltas, base, adapter.tied, adapter.steps)
 
 
+_TOKENS = (
+    ("virtual_tokens", "before every example"),
+    ("visual_tokens", "before every example with an image"),
+    ("infix_tokens", "before every answer"),
+)
+
+
 def _check_tokens(deltas: Mapping[str, Delta]) -> None:
     """Raise AdapterError where two parts put tokens into the row: each could not tell which are its own."""
-    for attribute, what in (("virtual_tokens", "before every example"), ("infix_tokens", "before every answer")):
+    for attribute, what in _TOKENS:
         having = [name for name, delta in deltas.items() if getattr(delta, attribute)]
         if len(having) > 1:
             raise AdapterError(

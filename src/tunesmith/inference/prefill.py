@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.data.encode import Example
-from tunesmith.data.pack import NOTHING, Node, answer_ends, prefix_tree, with_infix
+from tunesmith.data.encode import Example, picture_of
+from tunesmith.data.pack import NOTHING, Node, answer_ends, prefix_tree, told_apart, with_infix
 from tunesmith.errors import AdapterError, GenerationError, did_you_mean
 from tunesmith.model.cache import Cache
 from tunesmith.model.config import ModelConfig
@@ -134,6 +134,8 @@ def pack_prompts(
     parents: list[int] = []
     number: dict[int, int] = {}
     keys = [(prompt + (mark << 32))[:-1] for prompt, mark in zip(ids, marks, strict=True)]  # as in data/pack.py
+    pictures = [picture_of(prompt) if needs[g].looks else None for prompt, g in zip(prompts, groups, strict=True)]
+    keys = told_apart(keys, pictures) if any(picture is not None for picture in pictures) else keys
     nodes = _common_beginnings(keys, groups) if share_prefix and len(ids) > 1 else []
     for i, node in enumerate(nodes):
         if len(node.members) == 1:
@@ -145,8 +147,14 @@ def pack_prompts(
             begins[member], parent_of[member] = node.stop, number[i]
     cuts = [*shared, *((i, begin, len(ids[i])) for i, begin in enumerate(begins))]
     told = np.concatenate([marks[i][a:b] for i, a, b in cuts]) if any(each.ends for each in needs) else None
-    layout = Layout.of([stop - start for _, start, stop in cuts], [*parents, *parent_of], device, told)
+    shown = [pictures[i] for i, _, _ in cuts]
+    layout = Layout.of([stop - start for _, start, stop in cuts], [*parents, *parent_of], device, told, shown)
     return np.concatenate([ids[i][start:stop] for i, start, stop in cuts]), layout
+
+
+def next_tokens(prompts: Sequence[Sequence[int]], device: torch.device | str) -> Layout:
+    """The layout of a step: one new token for each of the sequences that answer these prompts."""
+    return Layout.of([1] * len(prompts), device=device, pictures=[picture_of(prompt) for prompt in prompts])
 
 
 def _common_beginnings(keys: Sequence[np.ndarray], groups: Sequence[int]) -> list[Node]:

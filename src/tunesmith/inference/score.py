@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.data.encode import Example
+from tunesmith.data.encode import Example, picture_of
 from tunesmith.data.pack import Pack, plan_packs
 from tunesmith.errors import GenerationError
 from tunesmith.inference.generate import evaluation_mode
@@ -102,7 +102,7 @@ def score_pairs(
 def _example(prompt: Sequence[int], continuation: Sequence[int]) -> Example:
     """What the model must read: everything but the last token, which only has to be predicted."""
     ids = np.asarray([*prompt, *continuation[:-1]], np.int32)
-    return Example(ids, np.arange(len(ids)) >= len(prompt), "")
+    return Example(ids, np.arange(len(ids)) >= len(prompt), "", picture=picture_of(prompt))
 
 
 def _scores(model: Llama, pack: Pack, targets: Sequence[np.ndarray], adapters: tuple[str, ...] | None) -> list[Scored]:

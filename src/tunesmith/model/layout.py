@@ -14,13 +14,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tunesmith.errors import ModelError
+
+if TYPE_CHECKING:
+    from tunesmith.model.sight import Picture
 
 QUERY_BLOCK = 256  # queries of a tile: long segments skip the half of the pairs that causality forbids
 TILE_ELEMENTS = 1 << 20  # scores of one batched product (per head): keeps the work set inside the processor's cache
@@ -50,7 +53,8 @@ class Layout:
     """Segments of a flat row: `starts`, `lengths` and `parents` (-1: a root; a parent comes before its children).
 
     `answer_ends`, (tokens,): how far before an answer's first token a token stands (1: the prompt's last), 0 where that
-    is farther than the caller counted, -1 in an answer; None where nobody counted.
+    is farther than the caller counted, -1 in an answer; None where nobody counted. `pictures`, one a segment: the image
+    that belongs to its example, or None; empty where there is none at all.
     """
 
     starts: tuple[int, ...]
@@ -58,6 +62,7 @@ class Layout:
     parents: tuple[int, ...]
     device: torch.device = torch.device("cpu")
     answer_ends: np.ndarray | None = field(default=None, compare=False)
+    pictures: tuple[Picture | None, ...] = field(default=(), compare=False)
     _tiles: dict[tuple[int | None, Rule | None], tuple[Tensor, ...]] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -69,6 +74,7 @@ class Layout:
         parents: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
         answer_ends: np.ndarray | None = None,
+        pictures: Sequence[Picture | None] = (),
     ) -> Layout:
         """Lay segments of `lengths` tokens end to end. Raises ModelError where a parent does not come first."""
         parents = [-1] * len(lengths) if parents is None else parents
@@ -77,8 +83,11 @@ class Layout:
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if len(lengths) else np.zeros(0, int)
         if answer_ends is not None and len(answer_ends) != sum(lengths):
             raise ModelError(f"layout: {len(answer_ends)} answer_ends for {sum(lengths)} tokens; give one a token")
-        places = tuple(int(s) for s in starts)
-        return cls(places, tuple(map(int, lengths)), tuple(map(int, parents)), torch.device(device), answer_ends)
+        if pictures and len(pictures) != len(lengths):
+            raise ModelError(f"layout: {len(pictures)} pictures for {len(lengths)} segments; give one a segment")
+        places, sizes, above = (tuple(map(int, each)) for each in (starts, lengths, parents))
+        seen = tuple(pictures) if any(picture is not None for picture in pictures) else ()
+        return cls(places, sizes, above, torch.device(device), answer_ends, seen)
 
     @classmethod
     def single(cls, length: int, device: torch.device | str = "cpu") -> Layout:

@@ -228,6 +228,7 @@ class Llama(nn.Module):
         return Needs(
             ends=max((getattr(delta, "answer_ends", 0) for delta in deltas), default=0),
             infix=max((getattr(delta, "infix_tokens", 0) for delta in deltas), default=0),
+            looks=tuple(dict.fromkeys(look for delta in deltas for look in getattr(delta, "looks", ()))),
         )
 
     def logits(self, hidden: Tensor, ctx: Context) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from tunesmith.model.cache import Cache
     from tunesmith.model.layout import Layout
+    from tunesmith.model.sight import Sight
     from tunesmith.model.sparse import Pattern
 
 
@@ -64,7 +65,8 @@ class Context:
     all). `virtual` gives the rows, (copies, virtual_tokens), that adapters put before the examples: the first `extra`
     rows of the row. `rows` says which of the layout's tokens the rows of an edited value are (None: all, in order).
     `pattern` is the sparse attention that acts (None: full), `dropout` that on attention's probabilities. `choice` says
-    which member of a bank acts on which rows; on the others none does.
+    which member of a bank acts on which rows; on the others none does. `sight` is what the segments' images hold (None:
+    no delta looks, or there is no image), `notes` what deltas at the embedding leave for theirs in the blocks.
     """
 
     layout: Layout
@@ -80,10 +82,12 @@ class Context:
     pattern: Pattern | None = None
     dropout: float = 0.0
     choice: dict[str, Choice] = field(default_factory=dict)
+    sight: Sight | None = None
+    notes: dict[str, Tensor] = field(default_factory=dict)
 
     def alone(self, name: str) -> Context:
         """For rows that are no tokens of the batch, as a prompt's: only the adapter `name` acts, on all of them."""
-        return replace(self, adapters=(name,), routes={}, virtual={}, choice={}, rows=None)
+        return replace(self, adapters=(name,), routes={}, virtual={}, choice={}, rows=None, sight=None)
 
     def narrowed(self, rows: Tensor) -> Context:
         """For a value that holds only these rows of the one that this context is for."""
