@@ -8,9 +8,10 @@ from typing import Any
 
 from tunesmith.errors import ConfigError, did_you_mean
 from tunesmith.evaluate.perplexity import CORPORA
+from tunesmith.evaluate.sets import SETS
 from tunesmith.evaluate.tasks import Task
 
-_ALL: tuple[Task, ...] = (*CORPORA,)  # a new task: one more name here
+_ALL: tuple[Task, ...] = (*CORPORA, *SETS)  # a new task: one more name here
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 
