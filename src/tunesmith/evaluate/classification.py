@@ -1,52 +1,92 @@
-"""Accuracy of a classification by constrained scoring: the label whose tokens the model gives the highest probability.
+"""A classification's answers, chosen among the labels and generated freely.
 
-    argmax_label  sum_t log p(label_t | prompt, label_<t)
+    constrained   argmax_label  sum_t log p(label_t | prompt, label_<t)
+    free          the label that the greedy answer names, and no other; white space and case aside
 
-Every answer is a label by construction, so nothing is unparsable; `exact_match` measures free generation instead.
+Constrained, every answer is a label. Free, an answer that names no label, or several, is unparsable: it counts as wrong
+in `free_accuracy` and is counted apart.
 """
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+
+from torch import Tensor
 
 from tunesmith.data.encode import encode_prompt, encode_row
 from tunesmith.data.schemas import Row, Turn
 from tunesmith.errors import DataError
+from tunesmith.evaluate.calibration import BINS, calibration_error, confidence_of
+from tunesmith.evaluate.figures import half_interval
 from tunesmith.evaluate.subject import Subject
+from tunesmith.inference.answers import Generation
 from tunesmith.inference.score import score_continuations
 
 UNLIMITED = 1 << 30
 
 
 def accuracy(subject: Subject) -> dict[str, float]:
-    """`accuracy` in [0, 1] and `accuracy_interval`, half the width of its 95% interval.
+    """`accuracy` in [0, 1], `accuracy_interval`, half the width of its 95% interval, and `ece` in `ece_bins` bins.
 
     Raises DataError without labels.
     """
-    predicted = predict_labels(subject)
-    right = sum(p == row.label for p, row in zip(predicted, subject.rows, strict=True))
-    share = right / len(predicted)
-    return {"accuracy": share, "accuracy_interval": half_interval(share, len(predicted))}
+    scores = label_scores(subject)
+    right = [subject.labels[int(s.argmax())] == row.label for s, row in zip(scores, subject.rows, strict=True)]
+    share = sum(right) / len(right)
+    return {
+        "accuracy": share,
+        "accuracy_interval": half_interval(share, len(right)),
+        "ece": calibration_error(confidence_of(scores), right).value,
+        "ece_bins": BINS,
+    }
+
+
+def free_accuracy(subject: Subject, answers: Sequence[Generation]) -> dict[str, float]:
+    """`free_accuracy` of generated labels with its interval, `unparsable_rate`, and `parsed_accuracy` of the others.
+
+    Raises DataError without labels.
+    """
+    _check(subject)
+    named = [parse_label(answer.text, subject.labels) for answer in answers]
+    right = sum(name == row.label for name, row in zip(named, subject.rows, strict=True))
+    parsed = len(named) - named.count(None)
+    return {
+        "free_accuracy": right / len(named),
+        "free_accuracy_interval": half_interval(right / len(named), len(named)),
+        "unparsable_rate": 1 - parsed / len(named),
+        "parsed_accuracy": right / parsed if parsed else 0.0,
+    }
+
+
+def parse_label(answer: str, labels: Sequence[str]) -> str | None:
+    """The label that an answer names as whole words, unless it names none or several."""
+    longest = sorted(labels, key=len, reverse=True)  # "very good" is not "good"
+    pattern = "|".join(rf"(?<!\w){re.escape(label)}(?!\w)" for label in longest)
+    found = {match.casefold() for match in re.findall(pattern, answer, re.IGNORECASE)}
+    named = [label for label in labels if label.casefold() in found]
+    return named[0] if len(named) == 1 else None
 
 
 def predict_labels(subject: Subject) -> list[str]:
     """The likeliest label of every row. Raises DataError where there are no labels to choose from."""
-    if len(subject.labels) < 2:
-        raise DataError(
-            f"accuracy: needs rows with at least two labels, found {list(subject.labels)}; use text and label rows, or "
-            "measure exact_match"
-        )
-    if not subject.rows:
-        raise DataError("accuracy: there are no rows to measure on; give data.valid or data.valid_size")
-    options = [label_tokens(subject, label) for label in subject.labels]
-    options = _without_common_ending(options)
+    return [subject.labels[int(score.argmax())] for score in label_scores(subject)]
+
+
+def label_scores(subject: Subject) -> list[Tensor]:
+    """The log-probability of each label, float64 (labels,), for every row. Raises DataError without labels."""
+    _check(subject)
+    options = label_options(subject)
     prompts = [encode_prompt(row, subject.template, subject.tokenizer) for row in subject.rows]
-    scores = score_continuations(
+    return score_continuations(
         subject.model, prompts, [options] * len(prompts), adapters=subject.adapters, pack_tokens=subject.budget
     )
-    return [subject.labels[int(score.argmax())] for score in scores]
+
+
+def label_options(subject: Subject) -> list[list[int]]:
+    """The tokens of each label as an answer, without the ending that all of them share."""
+    return _without_common_ending([label_tokens(subject, label) for label in subject.labels])
 
 
 def label_tokens(subject: Subject, label: str) -> list[int]:
@@ -63,10 +103,14 @@ def with_label(row: Row, label: str) -> Row:
     return replace(row, label=label, turns=(*row.turns[:-1], Turn("assistant", label, True)), fields=fields)
 
 
-def half_interval(share: float, count: int) -> float:
-    """Half the width of the 95% interval of a share of `count` trials (Wilson's score interval)."""
-    z = 1.959964
-    return z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+def _check(subject: Subject) -> None:
+    if len(subject.labels) < 2:
+        raise DataError(
+            f"accuracy: needs rows with at least two labels, found {list(subject.labels)}; use text and label rows, or "
+            "measure exact_match"
+        )
+    if not subject.rows:
+        raise DataError("accuracy: there are no rows to measure on; give data.valid or data.valid_size")
 
 
 def _without_common_ending(options: Sequence[list[int]]) -> list[list[int]]:
