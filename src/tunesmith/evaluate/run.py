@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tunesmith.errors import ConfigError, did_you_mean
-from tunesmith.evaluate.classification import accuracy
-from tunesmith.evaluate.generations import exact_match, prompt_copy_rate, unfinished_rate
+from tunesmith.evaluate.classification import accuracy, free_accuracy
+from tunesmith.evaluate.generations import distinct_rates, exact_match, greedy_answers, never_stops, prompt_copy_rate
 from tunesmith.evaluate.language_model import language_model_metrics
+from tunesmith.evaluate.overlap import LIBRARY, overlap_rates
 from tunesmith.evaluate.subject import Subject
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is measured (several may come of one pass), and which way is better."""
+    """How a metric is measured (several may come of one pass), and which way is better.
 
-    measure: Callable[[Subject], dict[str, float]]
+    Where it is `of_answers`, `measure` also takes the greedy answers, which all such metrics share. `extra` is the one
+    of Tunesmith's extras whose `library` it needs.
+    """
+
+    measure: Callable[..., dict[str, float]]
     higher_is_better: bool
+    of_answers: bool = False
+    extra: str = ""
+    library: str = ""
 
 
 def _language_model(subject: Subject) -> dict[str, float]:
@@ -29,21 +38,38 @@ METRICS: dict[str, Metric] = {
     "perplexity": Metric(_language_model, False),
     "mean_token_accuracy": Metric(_language_model, True),
     "accuracy": Metric(accuracy, True),
-    "exact_match": Metric(exact_match, True),
-    "prompt_copy_rate": Metric(prompt_copy_rate, False),
-    "unfinished_rate": Metric(unfinished_rate, False),
+    "ece": Metric(accuracy, False),
+    "free_accuracy": Metric(free_accuracy, True, of_answers=True),
+    "unparsable_rate": Metric(free_accuracy, False, of_answers=True),
+    "exact_match": Metric(exact_match, True, of_answers=True),
+    "rouge_l": Metric(overlap_rates, True, True, "overlap", LIBRARY),
+    "token_f1": Metric(overlap_rates, True, True, "overlap", LIBRARY),
+    "squad_match": Metric(overlap_rates, True, True, "overlap", LIBRARY),
+    "prompt_copy_rate": Metric(prompt_copy_rate, False, of_answers=True),
+    "unfinished_rate": Metric(never_stops, False, of_answers=True),
+    "looping_rate": Metric(never_stops, False, of_answers=True),
+    "distinct_1": Metric(distinct_rates, True, of_answers=True),
+    "distinct_2": Metric(distinct_rates, True, of_answers=True),
+    "unique_rate": Metric(distinct_rates, True, of_answers=True),
 }
 
 
 def find_metric(name: str, where: str = "evaluate.metrics") -> Metric:
-    """The metric called `name`. Raises ConfigError with the nearest name."""
+    """The metric called `name`. Raises ConfigError with the nearest name, or where its library is not installed."""
     if name not in METRICS:
         known = ", ".join(METRICS)
         raise ConfigError(f"{where}: there is no metric {name!r}{did_you_mean(name, METRICS)}; there are {known}")
-    return METRICS[name]
+    metric = METRICS[name]
+    if metric.library and importlib.util.find_spec(metric.library) is None:
+        raise ConfigError(f"{where}: {name} needs {metric.library}; pip install 'tunesmith[{metric.extra}]'")
+    return metric
 
 
 def measure(subject: Subject, names: Sequence[str]) -> dict[str, float]:
     """Measure `names`, each pass over the rows once. Raises ConfigError for a name that is not known."""
-    passes = list(dict.fromkeys(find_metric(name).measure for name in names))
-    return {key: value for one in passes for key, value in one(subject).items()}
+    passes = {metric.measure: metric.of_answers for metric in map(find_metric, names)}
+    answers = [greedy_answers(subject)] if any(passes.values()) else []
+    found: dict[str, float] = {}
+    for one, of_answers in passes.items():
+        found |= one(subject, *(answers if of_answers else ()))
+    return found

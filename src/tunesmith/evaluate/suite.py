@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ConfigError, did_you_mean
+from tunesmith.evaluate import gsm8k, humaneval
 from tunesmith.evaluate.perplexity import CORPORA
 from tunesmith.evaluate.sets import SETS
 from tunesmith.evaluate.tasks import Task
 
-_ALL: tuple[Task, ...] = (*CORPORA, *SETS)  # a new task: one more name here
+_ALL: tuple[Task, ...] = (*CORPORA, *SETS, gsm8k.TASK, humaneval.TASK)  # a new task: one more name here
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 
