@@ -36,11 +36,16 @@ class Linear(nn.Module):
         if len(self.input):
             x = self.input(x, self, ctx)
         if self.quant is None and not len(self.edit):
-            return functional.linear(x, self.weight, self.bias)
-        y = functional.linear(x, self.weight) if self.quant is None else product(x, self.weight, self.quant)
+            return self._product(x, ctx, self.bias)
+        y = self._product(x, ctx)
         if len(self.edit):
             y = self.edit(y, self, ctx, x)
         return y if self.bias is None else y + self.bias
+
+    def _product(self, x: Tensor, ctx: Context, bias: Tensor | None = None) -> Tensor:
+        if ctx.kept is not None:
+            return ctx.kept.product(x, self.weight, bias, self.quant)
+        return functional.linear(x, self.weight, bias) if self.quant is None else product(x, self.weight, self.quant)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W, (out_features, in_features): the Parameter itself, or made anew from a quantized one."""

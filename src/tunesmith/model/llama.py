@@ -11,13 +11,13 @@ through a `Seam`, which is the identity until something is attached.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from tunesmith.errors import ModelError
 from tunesmith.model.attention import attend
@@ -26,6 +26,7 @@ from tunesmith.model.config import ModelConfig
 from tunesmith.model.fused import rms_norm, rotate, swiglu
 from tunesmith.model.layout import Layout
 from tunesmith.model.linear import Linear
+from tunesmith.model.recompute import run_block
 from tunesmith.model.seam import Context, Seam
 from tunesmith.model.sparse import Pattern, evaluated
 from tunesmith.model.virtual import VIRTUAL, Needs, make_context
@@ -116,6 +117,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.after_attn, self.after_mlp, self.resid = Seam(), Seam(), Seam()
 
+    @property
+    def ends_plainly(self) -> bool:
+        """Is down_proj's product only added to the residual, so that no gradient depends on its value?"""
+        return not (len(self.mlp.down_proj.edit) or len(self.after_mlp) or len(self.resid))
+
     def forward(self, h: Tensor, ctx: Context) -> Tensor:
         """(tokens, hidden_size) -> (tokens, hidden_size)."""
         x = self.input_layernorm(h, ctx)
@@ -195,12 +201,13 @@ class Llama(nn.Module):
         *,
         cache: Cache | None = None,
         adapters: tuple[str, ...] | None = None,
-        recompute: bool = False,
+        recompute: bool | str = False,
     ) -> Tensor:
         """Hidden states after the final norm, (tokens, hidden_size), for token ids (tokens,).
 
         `cache`: see `Cache`. `adapters`: the attached adapters that act (None: all, (): the bare base). `recompute`:
-        keep only the blocks' inputs for the backward, and run each block again there.
+        keep only the blocks' inputs for the backward and run each block again there, or their products too
+        ("selective"): see recompute.py.
         """
         ctx = self.context(layout, cache, adapters)
         return self.run(tokens, ctx, recompute)
@@ -213,11 +220,12 @@ class Llama(nn.Module):
             tokens = torch.cat([tokens.new_full((ctx.extra,), VIRTUAL), tokens])
         return self.model.embed(h, self.model, ctx, tokens) if len(self.model.embed) else h
 
-    def run(self, tokens: Tensor, ctx: Context, recompute: bool = False) -> Tensor:
+    def run(self, tokens: Tensor, ctx: Context, recompute: bool | str = False) -> Tensor:
         """`forward` with a context already made, for callers that need it again for `logits`."""
         h = self.embedded(tokens, ctx)
-        for layer in self.model.layers:
-            h = checkpoint(layer, h, ctx, use_reentrant=False) if recompute else layer(h, ctx)
+        blocks: Iterable[Any] = self.model.layers
+        for layer in blocks:
+            h = run_block(layer, h, ctx, recompute)
         if ctx.cache is not None:
             ctx.cache.advance()
         return self.model.norm(h, ctx)[ctx.extra :]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from tunesmith.model.cache import Cache
     from tunesmith.model.layout import Layout
+    from tunesmith.model.recompute import Kept
     from tunesmith.model.sight import Sight
     from tunesmith.model.sparse import Pattern
 
@@ -66,7 +67,8 @@ class Context:
     rows of the row. `rows` says which of the layout's tokens the rows of an edited value are (None: all, in order).
     `pattern` is the sparse attention that acts (None: full), `dropout` that on attention's probabilities. `choice` says
     which member of a bank acts on which rows; on the others none does. `sight` is what the segments' images hold (None:
-    no delta looks, or there is no image), `notes` what deltas at the embedding leave for theirs in the blocks.
+    no delta looks, or there is no image), `notes` what deltas at the embedding leave for theirs in the blocks. `kept`
+    holds the block's products where the backward will run the rest of it again.
     """
 
     layout: Layout
@@ -84,6 +86,7 @@ class Context:
     choice: dict[str, Choice] = field(default_factory=dict)
     sight: Sight | None = None
     notes: dict[str, Tensor] = field(default_factory=dict)
+    kept: Kept | None = None
 
     def alone(self, name: str) -> Context:
         """For rows that are no tokens of the batch, as a prompt's: only the adapter `name` acts, on all of them."""
