@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.image_field import from_folder
+from tunesmith.data.image_folders import is_image_folder, read_image_folder
 from tunesmith.data.schemas import Row, default_instruction, find_schema, labels, read_row, recognise, with_instruction
+from tunesmith.data.scienceqa import is_scienceqa, read_scienceqa, splits_of
 from tunesmith.errors import DataError, did_you_mean
 
 MAX_LINE = 16 << 20  # bytes of one row
@@ -55,13 +57,28 @@ def read_rows(
 
 
 def read_splits(
-    path: Path, *, schema: str = "auto", limit: int | None = None, instruction: str | None = None
+    path: Path,
+    *,
+    schema: str = "auto",
+    limit: int | None = None,
+    instruction: str | None = None,
+    captions: bool = False,
 ) -> Splits:
-    """Read a folder with train, valid and test files (valid: also validation, val, dev), or one file as train."""
+    """Read a folder with train, valid and test files (valid: also validation, val, dev), or one file as train.
+
+    A folder may also be ScienceQA's as it is published (`captions`: they join the context), or hold images by class.
+    """
     path = Path(path)
     if not path.is_dir():
         rows = read_rows(path, schema=schema, limit=limit, instruction=instruction)
         return Splits(rows, [], [])
+    if is_scienceqa(path):
+        known = [(split, name) for name in splits_of(path) for split, names in SPLITS.items() if name in names]
+        found = {split: read_scienceqa(path, name, captions=captions, limit=limit) for split, name in known}
+        return Splits(**{split: found.get(split, []) for split in SPLITS})
+    if is_image_folder(path, SPLITS):
+        found = read_image_folder(path, SPLITS, limit)
+        return Splits(**{split: _instruct(found.get(split, []), instruction, found["train"]) for split in SPLITS})
     files = _split_files(path)
     read = {name: _read_files(files[name], schema, limit) for name in SPLITS}
     kinds = {rows[0].kind: name for name, rows in read.items() if rows}
@@ -81,8 +98,8 @@ def split_rows(rows: Sequence[Row], valid_size: int | float, seed: int = 0) -> t
         raise DataError(f"data.valid_size={valid_size}: must be less than the {len(rows)} rows of the data")
     times: dict[object, int] = {}
     for row in rows:
-        times[row.turns] = times.get(row.turns, 0) + 1
-    single = [i for i, row in enumerate(rows) if times[row.turns] == 1]
+        times[row.turns, row.image] = times.get((row.turns, row.image), 0) + 1
+    single = [i for i, row in enumerate(rows) if times[row.turns, row.image] == 1]
     if len(single) < count:
         raise DataError(f"data.valid_size={valid_size}: only {len(single)} rows occur once; lower it")
     chosen = set(random.Random(seed).sample(single, count))
@@ -92,7 +109,9 @@ def split_rows(rows: Sequence[Row], valid_size: int | float, seed: int = 0) -> t
 def _instruct(rows: list[Row], instruction: str | None, train: Sequence[Row]) -> list[Row]:
     if not rows or rows[0].kind != "classification":
         return rows
-    return with_instruction(rows, default_instruction(labels(train or rows)) if instruction is None else instruction)
+    of = "the text" if rows[0].fields["text"] else "the image"
+    asked = default_instruction(labels(train or rows), of) if instruction is None else instruction
+    return with_instruction(rows, asked)
 
 
 def _read_files(paths: Sequence[Path], schema: str, limit: int | None) -> list[Row]:
@@ -112,6 +131,15 @@ def raw_rows(path: Path) -> Numbered:
     """
     try:
         yield from _reader(path)(path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error}); copy or download it again") from None
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines of a text file, from 1, without their ends, blank ones too. Raises DataError naming file and line."""
+    _reader(path)
+    try:
+        yield from _lines(path)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error}); copy or download it again") from None
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from tunesmith.data.sources import MAX_LINE, READERS
+from tunesmith.data.sources import MAX_LINE, raw_rows
 from tunesmith.errors import DataError
 
 MAX_MEMBER = 1 << 30  # bytes of one file of an archive, unpacked
@@ -73,13 +73,7 @@ def _file(path: Path) -> Found:
     kind = path.suffix.lower()
     if kind not in (".jsonl", ".json", ".csv", ".parquet"):
         raise DataError(f"{path}: unknown kind of file; give .jsonl, .json, .csv, .parquet or .zip")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: is empty; give it rows or leave it out")
-    try:
-        rows = [(line, _object(raw, f"{path}:{line}")) for line, raw in READERS[kind](path)]
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({error}); copy or download it again") from None
-    return Found(str(path), path.stem, rows)
+    return Found(str(path), path.stem, [(line, _object(raw, f"{path}:{line}")) for line, raw in raw_rows(path)])
 
 
 def _archive(path: Path) -> Iterator[Found]:

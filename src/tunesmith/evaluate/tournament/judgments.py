@@ -22,7 +22,7 @@ Kind = Literal["verdict", "scores"]
 VERDICTS: dict[str, float] = {
     **dict.fromkeys(("1", "model_1", "model_a", "first"), 1.0),
     **dict.fromkeys(("2", "model_2", "model_b", "second"), 0.0),
-    **dict.fromkeys(("3", "tie", "tie (bothbad)", "bothbad"), 0.5),
+    **dict.fromkeys(("3", "tie", "tie (bothbad)", "tie (inconsistent)", "bothbad"), 0.5),
 }
 PUBLISHED = "published"  # the judge of ratings, whose files do not name it
 UNPARSED = {"", "-1", "unparsed", "none", "null"}
