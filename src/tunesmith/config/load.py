@@ -42,7 +42,14 @@ def load_run(
     is a flag that was not given). Raises ConfigError, one line naming key, place and cure.
     """
     layers = [source.read(path)] if path is not None else []
-    layers += [_override_layer(overrides), _flag_layer(flags or {})]
+    return run_of([*layers, override_layer(overrides), _flag_layer(flags or {})])
+
+
+def run_of(layers: Sequence[Located]) -> tuple[Run, list[str]]:
+    """Return the run that layers of settings describe, a later one replacing earlier ones, and notes for the user.
+
+    A layer's keys are those of a YAML file: sections, dotted keys, aliases. Raises ConfigError.
+    """
     entries, special = _merge(layers)
     notes = _special(entries, special)
     for required, message in _MISSING.items():
@@ -58,8 +65,11 @@ def load_run(
     return run, notes
 
 
-def _override_layer(overrides: Sequence[str]) -> Located:
-    """Where the same spelling comes twice, the last one counts, as in a shell script."""
+def override_layer(overrides: Sequence[str]) -> Located:
+    """Words `key=value` as a layer; where a spelling comes twice, the last one counts, as in a shell script.
+
+    Raises ConfigError.
+    """
     values: dict[str, Any] = {}
     origins: source.Origins = {}
     for word in overrides:

@@ -1,0 +1,132 @@
+"""How sure a difference is: intervals over seeds, paired tests over the rows that both were measured on.
+
+interval            m +- sqrt(a^2 + b^2)       a: half the t interval over n seeds, t(.975, n-1) s / sqrt(n)
+                                               b: half the interval over the rows, Wilson's or the bootstrap's
+McNemar, exact      p = min(1, 2 sum_{k<=min(b,c)} C(b+c, k) / 2^(b+c))         b, c: rows that only one has right
+paired bootstrap    rows are drawn with replacement, the same for both; p = 2 min(P(d* <= 0), P(d* >= 0))
+Holm                the i-th smallest of m p-values times m - i + 1, never less than the one before (Holm 1979)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tunesmith.evaluate.figures import half_interval
+from tunesmith.evaluate.outcomes import Outcomes
+
+DRAWS = 10_000
+SEED = 0  # of the bootstrap: a report made again is the same
+_CHUNK = 2_000_000  # numbers drawn at a time
+
+# t(.975, df) for 1 to 30 degrees of freedom, as printed in the tables of textbooks.
+_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+_Z = 1.959964
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean, half the width of its 95% interval (None: unknown), and what the width comes from."""
+
+    mean: float
+    half: float | None
+    over: str
+
+
+def t_quantile(df: int) -> float:
+    """The .975 quantile of Student's t; over 30 degrees by Fisher's expansion, right to four digits."""
+    if df <= len(_T):
+        return _T[df - 1]
+    z3, z5 = _Z**3, _Z**5
+    return _Z + (z3 + _Z) / (4 * df) + (5 * z5 + 16 * z3 + 3 * _Z) / (96 * df * df)
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """The t interval of a mean over at least two seeds: how much it would differ with others, on the same rows."""
+    count, mean = len(values), math.fsum(values) / len(values)
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (count - 1))
+    return Interval(mean, t_quantile(count - 1) * spread / math.sqrt(count), f"{count} seeds")
+
+
+def over_both(values: Sequence[float], seeds: Sequence[Outcomes]) -> Interval:
+    """The interval of a mean over seeds on other rows with other seeds; `seeds` are their rows, the same in each."""
+    trained = over_seeds(values)
+    sums, weights = _averaged(seeds)
+    rows = over_rows(Outcomes(tuple(sums.tolist()), tuple(weights.tolist())))
+    if trained.half is None or rows.half is None:
+        return trained
+    return Interval(trained.mean, math.hypot(trained.half, rows.half), f"{trained.over} and {rows.over}")
+
+
+def over_rows(outcomes: Outcomes) -> Interval:
+    """The interval of one seed's figure over its rows: Wilson's for right and wrong, else by the bootstrap."""
+    count, value = len(outcomes.values), outcomes.ratio
+    if outcomes.binary:
+        return Interval(value, half_interval(value, count), f"{count} rows")
+    drawn = _ratios(np.asarray([outcomes.values]), np.asarray([outcomes.weights]))[:, 0]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return Interval(value, float(high - low) / 2, f"{count} rows")
+
+
+def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
+    """The two-sided exact p-value of two lists of right (1) and wrong (0) on the same rows."""
+    only_first = sum(a > b for a, b in zip(first, second, strict=True))
+    only_second = sum(b > a for a, b in zip(first, second, strict=True))
+    different = only_first + only_second
+    tail = sum(math.comb(different, k) for k in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / 2**different)
+
+
+def paired_bootstrap(first: Sequence[Outcomes], second: Sequence[Outcomes]) -> float:
+    """The two-sided p-value that two figures differ, from the same rows; several seeds are averaged row by row."""
+    (a, wa), (b, wb) = _averaged(first), _averaged(second)
+    drawn = _ratios(np.stack([a, b]), np.stack([wa, wb]))
+    difference = drawn[:, 0] - drawn[:, 1]
+    low, high = float((difference <= 0).mean()), float((difference >= 0).mean())
+    return min(1.0, max(2 * min(low, high), 1 / DRAWS))  # no p-value is smaller than what the draws can tell
+
+
+def compare(first: Sequence[Outcomes], second: Sequence[Outcomes]) -> tuple[float, str]:
+    """The p-value of the test that fits, and the test's name: McNemar for one seed of right and wrong rows."""
+    if len(first) == len(second) == 1 and first[0].binary and second[0].binary:
+        return mcnemar(first[0].values, second[0].values), "McNemar"
+    return paired_bootstrap(first, second), "bootstrap"
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """The p-values of several comparisons, adjusted together, in their order."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    adjusted, last = [0.0] * len(values), 0.0
+    for rank, i in enumerate(order):
+        last = max(last, min(1.0, (len(values) - rank) * values[i]))
+        adjusted[i] = last
+    return adjusted
+
+
+def _averaged(seeds: Sequence[Outcomes]) -> tuple[np.ndarray, np.ndarray]:
+    values = np.mean([one.values for one in seeds], axis=0)
+    weights = np.mean([one.weights for one in seeds], axis=0)
+    return values, weights
+
+
+def _ratios(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """sum values / sum weights of DRAWS resamplings of the rows, (DRAWS, k), for k figures of the same rows (k, n)."""
+    count = values.shape[1]
+    random = np.random.default_rng(SEED)
+    even = np.full(count, 1 / count)
+    found, left = [], DRAWS
+    while left:
+        size = min(left, max(1, _CHUNK // count))
+        times = random.multinomial(count, even, size=size).astype(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found.append((times @ values.T) / (times @ weights.T))
+        left -= size
+    drawn = np.concatenate(found)
+    return drawn[np.isfinite(drawn).all(axis=1)]  # a draw of rows without a supervised token says nothing
