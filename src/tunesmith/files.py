@@ -109,6 +109,31 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         _unlock(lock)
 
 
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path for another library to write to; on leaving the block it becomes `path`, in one rename.
+
+    If the block raises, nothing of the new file remains and an older one is untouched. Raises DiskError.
+    """
+    path = Path(path)
+    _make_folder(path.parent)
+    clean_leftovers(path.parent)
+    temporary = _temporary(path, "tmp")
+    try:
+        with _disk_errors(path, None):
+            yield temporary
+            descriptor = os.open(temporary, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(temporary, path)
+            _fsync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def is_complete(folder: str | Path) -> bool:
     """Whether `folder` carries its marker and every file that the marker lists, in its size (hashes: `damage`)."""
     return damage(folder, hashes=False) is None

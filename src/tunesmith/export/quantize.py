@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tunesmith.errors import ConfigError, DataError, ModelError
 from tunesmith.export.gptq import Gptq, quantize_gptq
-from tunesmith.export.merge import DTYPES, narrowest, write_model
+from tunesmith.export.hf import DTYPES, narrowest, write_model
 from tunesmith.files import atomic_folder
-from tunesmith.model.load import Held, Weights, is_block_linear, load_model, open_weights
+from tunesmith.model.load import Held, Weights, is_block_linear, load_model, model_identity, open_weights
 from tunesmith.model.quantize import block_linears
 from tunesmith.quant.files import quantization_config, to_tensors
 from tunesmith.quant.storage import Spec, quantize_weight
@@ -51,7 +51,8 @@ def quantize_model(
         weights.close()
     name = str(chosen).removeprefix("torch.")
     with atomic_folder(out) as folder:
-        said = {"quantization_config": quantization_config(spec, name)}
+        made_from = {"name": str(path), "sha256": model_identity(path)["sha256"]}
+        said = {"quantization_config": quantization_config(spec, name), "quantized_from": made_from}
         write_model(folder, weights.config, tensors, tokenizer, chosen, said)
         size = (folder / "model.safetensors").stat().st_size
     return {"out": str(out), "kind": spec.kind, "dtype": name, "bits_per_weight": bits, "file_bytes": size}
