@@ -40,6 +40,8 @@ from tunesmith.workflow import Outcome, train_run
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tunesmith.export.subject import Subject
+
 __all__ = [
     "Loaded",
     "Outcome",
@@ -47,6 +49,7 @@ __all__ = [
     "chat",
     "combine",
     "evaluate",
+    "export",
     "generate",
     "load",
     "merge",
@@ -262,22 +265,34 @@ def verify_path(path: Path, *, base: str | None = None) -> dict[str, Any]:
     return verification.verify_path(path, base).to_dict()
 
 
-def merge(
-    target: str | Path, *, base: str | None = None, out: str | Path, dtype: str = "auto", force: bool = False
-) -> dict[str, Any]:
+def merge(target: str | Path, *, base: str | None = None, out: str | Path, **how: Any) -> dict[str, Any]:
     """Fold an adapter into its base and write a Hugging Face folder; returns what survived rounding.
 
-    Raises CannotMerge.
+    `how`: `dtype`, `force`, and `onto`, the 16-bit base of a quantized one. Raises CannotMerge, VerificationError.
     """
-    from tunesmith.export.merge import merge_adapter
+    from tunesmith.export.onto import merge_subject
+
+    return merge_subject(_subject(target, base), Path(out), **how)
+
+
+def export(target: str | Path, *, to: str, out: str | Path, base: str | None = None, **options: Any) -> dict[str, Any]:
+    """Write a run, an adapter or a model as `to` says (see export/formats.py); returns what was checked of it."""
+    from tunesmith.export.formats import Options, export_subject
+
+    return export_subject(_subject(target, base), to, Path(out), Options(**options))
+
+
+def _subject(target: str | Path, base: str | None) -> Subject:
+    """An adapter on its base, as it was trained but in float32, or a model."""
+    from tunesmith.export.subject import Subject
 
     folder = adapter_folder(Path(target))
-    if folder is None:
+    if folder is None and base is not None:
         raise AdapterError(f"{target}: holds no adapter (adapter_config.json); give a run folder or an adapter folder")
-    loaded = load(base, adapter=folder, dtype="float32")
-    return merge_adapter(
-        loaded.model, loaded.adapters["default"], loaded.tokenizer, Path(out), dtype=dtype, force=force
-    )
+    loaded = load(target if base is None else base, dtype="float32", adapter=None if base is None else folder)
+    info = None if folder is None else read_info(folder)
+    own = loaded.adapters.get("default"), info, loaded.templates.get("default")
+    return Subject(loaded.model, loaded.tokenizer, loaded.name, loaded.path, loaded.identity, *own)
 
 
 def combine(parts: Mapping[str, float], *, base: str | None = None, out: str | Path) -> dict[str, Any]:
