@@ -1,4 +1,4 @@
-"""`tunesmith generate`, `chat` and `merge`: use what was trained."""
+"""`tunesmith generate` and `chat`: use what was trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tunesmith.cli.methods import MethodFiles, open_files
-from tunesmith.cli.shell import app, command, console, out, out_report
+from tunesmith.cli.shell import app, command, console, out
 from tunesmith.errors import ConfigError, DataError, GenerationError
 
 Target = Annotated[
@@ -120,26 +120,6 @@ def chat(
     from tunesmith import api
 
     api.chat(api.load(base, dtype=dtype, device=device, adapter=adapters), use=use, console=console(), **settings)
-
-
-@command(app, "merge")
-def merge(
-    target: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run folder or an adapter folder.")],
-    destination: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the merged model to.")],
-    base: Annotated[
-        str | None, typer.Option("--base", help="Base model; without it, the one the adapter names.")
-    ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="Precision written; auto is the base's own.")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Write a merge that lost much, or over a folder.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    method_file: MethodFiles = None,
-) -> None:
-    """Fold an adapter into its base, and report how much of it survived rounding."""
-    open_files(method_file)
-    from tunesmith import api
-
-    report = api.merge(target, base=base, out=destination, dtype=dtype, force=force)
-    out_report(report, destination, json)
 
 
 def given(**settings: Any) -> dict[str, Any]:
