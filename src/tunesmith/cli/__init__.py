@@ -3,7 +3,7 @@
 No module of this package imports torch, transformers or pydantic at the top: `--help` has to answer at once.
 """
 
-from tunesmith.cli import combine, data, quantize, show, tournament, train, use, verify
+from tunesmith.cli import combine, data, export, merge, quantize, show, tournament, train, use, verify
 from tunesmith.cli.shell import app, main
 
-__all__ = ["app", "combine", "data", "main", "quantize", "show", "tournament", "train", "use", "verify"]
+__all__ = ["app", "combine", "data", "export", "main", "merge", "quantize", "show", "tournament", "train", "use", "verify"]
