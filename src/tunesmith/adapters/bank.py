@@ -171,6 +171,12 @@ class Bank:
         return self._deltas[path]
 
 
+def fits(adapter: Adapter) -> bool:
+    """Is this plain LoRA on linears, which a bank can hold?"""
+    plain = all(type(delta) is LoRADelta for delta in adapter.deltas.values())
+    return plain and bool(adapter.deltas) and not adapter.base
+
+
 def _factors(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
     """A, and B with the scale in it, by path of the Linear. Raises AdapterError for what is not plain LoRA."""
     found = {}
