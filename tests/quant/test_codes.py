@@ -7,7 +7,8 @@ import torch
 
 from tunesmith.quant.blockwise import dequantize_blockwise, pack, quantize_blockwise, unpack
 from tunesmith.quant.codes import KINDS, find_code
-from tunesmith.quant.double import dynamic_map, nest, unnest
+from tunesmith.quant.double import nest, unnest
+from tunesmith.quant.dynamic import dynamic_map
 from tunesmith.quant.int8 import dequantize_rows, quantize_rows
 
 # arXiv:2305.14314, appendix E, to seven digits.

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from tunesmith.errors import ModelError
 from tunesmith.quant.codes import KINDS, find_code
-from tunesmith.quant.double import NESTED_BLOCK, dynamic_map
+from tunesmith.quant.double import NESTED_BLOCK
+from tunesmith.quant.dynamic import dynamic_map
 from tunesmith.quant.grouped import BITS, Grouped
 from tunesmith.quant.storage import Blockwise, Int8, LlmInt8, Spec, Storage
 

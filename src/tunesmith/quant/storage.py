@@ -18,7 +18,8 @@ from tunesmith.errors import ModelError
 from tunesmith.quant import int8
 from tunesmith.quant.blockwise import dequantize_blockwise, quantize_blockwise
 from tunesmith.quant.codes import KINDS, find_code
-from tunesmith.quant.double import NESTED_BLOCK, dynamic_map, nest, unnest
+from tunesmith.quant.double import NESTED_BLOCK, nest, unnest
+from tunesmith.quant.dynamic import dynamic_map
 
 
 @dataclass(frozen=True)
