@@ -38,8 +38,8 @@ def tournament_report(judgments: Sequence[Judgment], rules: Rules, reference: st
     report["ratings"] = _ratings(judgments, rules, report["notes"])
     report["reference"] = reference
     scored = shares(judgments, reference, resamples=rules.resamples, seed=rules.seed) if reference else []
-    report["shares"] = [asdict(share) for share in scored]
-    report["position"] = [asdict(bias) for bias in position_bias(judgments)]
+    report["shares"] = [_plain(asdict(share)) for share in scored]
+    report["position"] = [_plain(asdict(bias)) for bias in position_bias(judgments)]
     if any(one.kind == "scores" for one in judgments) and reference is None:
         report["notes"].append("there are scores, but no --reference to give them as a percentage of")
     return report
@@ -92,6 +92,10 @@ def _row(games: Games, rated: Elo, strengths: Strengths, number: int) -> dict[st
         "tied": int((outcomes == 0.5).sum()),
         "lost": int((outcomes == 0).sum()),
     }
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: _number(value) if isinstance(value, float) else value for key, value in row.items()}
 
 
 def _number(value: float) -> float | None:
