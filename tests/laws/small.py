@@ -1,8 +1,12 @@
-"""Small models with sensible random weights, and ragged examples with common beginnings, for the laws."""
+"""Small models with sensible random weights, and ragged examples with common beginnings, for the laws.
+
+Some of the examples have an image: what does not look at images must not notice, what does must see its own.
+"""
 
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,6 +20,7 @@ from tunesmith.data.pack import Pack, plan_packs
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.layout import Layout
 from tunesmith.model.llama import Llama
+from tunesmith.model.sight import Look
 from tunesmith.train.loss import pack_loss
 
 VOCAB = 61
@@ -31,6 +36,19 @@ TINY = ModelConfig(
     rms_norm_eps=1e-5,
     tie_word_embeddings=True,
 )
+
+
+class Shown:
+    """An image whose features are drawn from its name: a Picture without an encoder."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def look(self, look: Look) -> Tensor:
+        """See `Picture`; no two scales or tokens are of one size."""
+        draw = torch.Generator().manual_seed(zlib.crc32(f"{self.key} {look}".encode()))
+        return torch.randn(look.shape, generator=draw) * torch.linspace(1, 9, look.shape[-1])
+
 
 Loss = Callable[[Llama, Pack, object, Tensor], Tensor]
 
@@ -51,7 +69,10 @@ def build(config: ModelConfig = TINY, dtype: torch.dtype = torch.float64, seed: 
 
 
 def examples(seed: int = 0, count: int = 8, vocab: int = VOCAB, prefix: int = 13) -> list[Example]:
-    """Unequal examples behind a preamble; one a prefix of the others, two identical, one that begins differently."""
+    """Unequal examples behind a preamble; one a prefix of the others, two identical, one that begins differently.
+
+    Three have one image, two have none, the others one each; the identical ones have the same.
+    """
     rng = np.random.default_rng(seed)
     preamble, question = rng.integers(0, vocab, prefix), rng.integers(0, vocab, 9)
     made = []
@@ -60,11 +81,12 @@ def examples(seed: int = 0, count: int = 8, vocab: int = VOCAB, prefix: int = 13
         ids = np.concatenate([*parts, rng.integers(0, vocab, int(rng.integers(1, 24)))]).astype(np.int32)
         supervised = np.zeros(len(ids), bool)
         supervised[prefix - 4 if i % 3 == 0 else max(1, len(ids) - 6) :] = True  # some supervise a part of the preamble
-        made.append(Example(ids, supervised, f"made:{i}"))
+        picture = Shown(("one", "one", "two")[i % 3]) if i < 3 else None
+        made.append(Example(ids, supervised, f"made:{i}", picture=picture))
     made.append(Example(preamble.astype(np.int32), np.ones(prefix, bool), "made:prefix"))
     stranger = np.roll(made[0].ids, 5)
     stranger[0] = (preamble[0] + 1) % vocab
-    return [*made, made[1], Example(stranger, made[0].supervised, "made:stranger")]
+    return [*made, made[1], Example(stranger, made[0].supervised, "made:stranger", picture=Shown("three"))]
 
 
 def run_packs(
@@ -79,7 +101,8 @@ def run_packs(
     for pack in packs:
         ctx = model.context(pack.layout)
         value = loss(model, pack, ctx, model.run(pack.tokens, ctx, recompute)) / supervised
-        value.backward()
+        if value.requires_grad:
+            value.backward()
         total += value.item()
     grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in adapter.trainable.values()]
     return total, torch.cat([g.flatten() for g in grads])
@@ -96,7 +119,8 @@ def padded(model: Llama, some: Sequence[Example], pad: int = 0) -> list[Pack]:
     wide = []
     for e in some:
         gap = longest - len(e.ids)
-        wide.append(Example(np.pad(e.ids, (0, gap), constant_values=pad), np.pad(e.supervised, (0, gap)), e.source))
+        ids, supervised = np.pad(e.ids, (0, gap), constant_values=pad), np.pad(e.supervised, (0, gap))
+        wide.append(Example(ids, supervised, e.source, picture=e.picture))
     return packs_of(model, wide, longest, max_rows=1, share=False)
 
 
@@ -108,9 +132,10 @@ def logits_of(model: Llama, tokens: Tensor, layout: Layout, adapters: tuple[str,
 
 
 def sample_row(vocab: int = VOCAB, seed: int = 3) -> tuple[Tensor, Layout]:
-    """A row of four segments, two of them behind a common one."""
+    """A row of four segments, two of them behind a common one, which have an image; the fourth has none."""
     near = np.array([*[0] * 7, *[0, 0, 0, 4, 3, 2, 1, 0, 0, 0, 0], *[0, 4, 3, 2, 1], *[0, 4, 3, 2, 1, 0, 0, 0, 0]])
-    layout = Layout.of([7, 11, 5, 9], [-1, 0, 0, -1], answer_ends=near)  # the third has its answer to come
+    seen = [Shown("one")] * 3 + [None]
+    layout = Layout.of([7, 11, 5, 9], [-1, 0, 0, -1], answer_ends=near, pictures=seen)  # the third's answer is to come
     return torch.randint(0, vocab, (layout.tokens,), generator=torch.Generator().manual_seed(seed)), layout
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+# Encoders that nobody has to open: features are drawn from an image's name (tests/laws/small.py).
+GLOBAL = {"encoder": "tiny", "scales": [2], "widths": [4]}
+PATCHES = {"encoder": "tiny", "layer": 2, "tokens": 3, "token_width": 4}
+QUERIES = {**PATCHES, "vision_width": 4, "vision_depth": 1, "vision_heads": 2}
+
 # Settings worth a law beside the defaults. A method without an entry is held to the laws with its defaults.
 VARIANTS: dict[str, list[dict[str, object]]] = {
     "lora": [
@@ -45,6 +50,15 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
         {"layers": 2, "init": "random"},
     ],
     "llama_adapter_v2": [{"layers": 2, "gate": "scalar"}],
+    "llama_adapter_image": [
+        {"layers": 2, "gate": "tanh", "encoder": "tiny", "scales": [1, 3], "widths": [3, 5]},
+        {"layers": 2, "init": "random", "prompt_length": 2, **GLOBAL},
+    ],
+    "llama_adapter_v2_image": [
+        {"layers": 1, "linears": False, **QUERIES},
+        {"layers": 1, "gate": "scalar", "queries": 2, **QUERIES},
+    ],
+    "image_projection": [{**PATCHES}, {"projector": "mlp", **PATCHES}],
     "prompt": [
         {"virtual_tokens": 3, "infix_tokens": 2, "init": "normal"},
         {"virtual_tokens": 5, "init_ids": [7, 3]},
@@ -59,6 +73,9 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
         {"parts": [{"kind": "prefix", "virtual_tokens": 3}, {"kind": "lora", "rank": 2}]},
         {"parts": [{"kind": "ia3"}, {"kind": "lora", "rank": 2}, {"kind": "bottleneck"}, {"kind": "reft"}]},
         {"parts": [{"kind": "norms"}, {"kind": "lora", "rank": 2}]},
+        {"parts": [{"kind": "llama_adapter_image", "layers": 2, **GLOBAL}, {"kind": "lora", "rank": 2}]},
+        {"parts": [{"kind": "lora", "rank": 2}, {"kind": "llama_adapter_v2_image", "layers": 1, **QUERIES}]},
+        {"parts": [{"kind": "prompt", "virtual_tokens": 2}, {"kind": "image_projection", **PATCHES}, {"kind": "lora"}]},
         {
             "parts": [
                 {"kind": "adalora", "init_rank": 3, "target_rank": 2, "total_steps": 4, "deltaT": 1},

@@ -72,12 +72,12 @@ class PromptAttention(Delta):
 
     def forward(self, value: Tensor, host: Any, ctx: Context, given: Tensor) -> Tensor:
         """The heads' output and the rotated queries `given`, both (tokens, heads, head_dim)."""
-        prompt, own = self.prompt.to(value.dtype), ctx.alone(self.adapter)
-        k = host.k_proj(prompt, own).view(-1, host.kv_heads, host.head_dim)
-        v = host.v_proj(prompt, own).view(-1, host.kv_heads, host.head_dim)
-        k = k if host.k_norm is None else host.k_norm(k, own)
-        gate = GATES[self.kind](self.gate).to(value.dtype)[:, None]
-        return torch.addcmul(value, gate, attend_to_prompt(given, k, v))
+        k, v = keys_and_values(self.prompt.to(value.dtype), host, ctx.alone(self.adapter))
+        return self.let_in(value, attend_to_prompt(given, k, v))
+
+    def let_in(self, value: Tensor, seen: Tensor) -> Tensor:
+        """value + gate * seen."""
+        return torch.addcmul(value, GATES[self.kind](self.gate).to(value.dtype)[:, None], seen)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Raises CannotMerge."""
@@ -85,6 +85,13 @@ class PromptAttention(Delta):
             "LLaMA-Adapter adds an attention of its own beside that of the base, which no weight of the base can hold: "
             "keep the adapter beside its base"
         )
+
+
+def keys_and_values(prompt: Tensor, host: Any, own: Context) -> tuple[Tensor, Tensor]:
+    """What an Attention's projections make of prompts (rows, hidden): (rows, kv_heads, head_dim) each, not rotated."""
+    k = host.k_proj(prompt, own).view(-1, host.kv_heads, host.head_dim)
+    v = host.v_proj(prompt, own).view(-1, host.kv_heads, host.head_dim)
+    return k if host.k_norm is None else host.k_norm(k, own), v
 
 
 def attend_to_prompt(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

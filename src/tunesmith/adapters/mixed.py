@@ -28,6 +28,7 @@ from tunesmith.model.layout import Layout
 from tunesmith.model.linear import Linear
 from tunesmith.model.llama import Llama
 from tunesmith.model.seam import Context
+from tunesmith.model.sight import Look
 
 KIND = "mixed"
 FOLD_TOLERANCE = 1e-9  # of the largest output, in float64
@@ -107,6 +108,11 @@ class MixedSettings:
     def dropout(self) -> float:
         """The most that a part drops: above 0, no prefix can be shared."""
         return max(float(getattr(part.settings, "dropout", 0.0)) for part in self.members)
+
+    @property
+    def looks(self) -> tuple[Look, ...]:
+        """What the parts ask image encoders for."""
+        return tuple(look for part in self.members for look in getattr(part.settings, "looks", ()))
 
     @property
     def rank(self) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from tunesmith.data.chat import special_pattern
-from tunesmith.data.report import DataReport, Tally
+from tunesmith.data.report import DataReport, Tally, content
 from tunesmith.data.schemas import Row
 from tunesmith.data.segments import Answers, Segment, Template
 from tunesmith.errors import DataError
@@ -122,7 +122,7 @@ def encode_rows(
     Raises DataError when there is no row, or when no row has a supervised token.
     """
     encoder = Encoder(tokenizer)
-    seen = {example.ids.tobytes() for example in against.examples} if against else set()
+    seen = {content(example) for example in against.examples} if against else set()
     tally = Tally(template, tokenizer, cutoff, seen)
     examples: list[Example] = []
     for row in rows:

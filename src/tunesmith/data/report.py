@@ -13,6 +13,7 @@ from tunesmith.data.schemas import Row
 from tunesmith.data.segments import Template
 
 if TYPE_CHECKING:
+    from tunesmith.model.sight import Picture
     from tunesmith.tokenizer import Tokenizer
 
 
@@ -27,6 +28,8 @@ class _Encoded(Protocol):
     def source(self) -> str: ...
     @property
     def cut(self) -> bool: ...
+    @property
+    def picture(self) -> Picture | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +137,7 @@ class Tally:
             return
         ids = example.ids
         targets = int(example.supervised.sum())
-        raw = ids.tobytes()
+        raw = content(example)
         found = {
             "cut": example.cut,
             "cut_in_answer": lost > 0,
@@ -170,6 +173,11 @@ class Tally:
     def _count(self, name: str, source: str) -> None:
         self._counts[name] = self._counts.get(name, 0) + 1
         self._first.setdefault(name, source)
+
+
+def content(example: _Encoded) -> bytes:
+    """What makes a row another one: its tokens, and its image."""
+    return example.ids.tobytes() + (b"" if example.picture is None else example.picture.key.encode())
 
 
 def _digest(raw: bytes) -> bytes:

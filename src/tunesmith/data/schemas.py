@@ -141,12 +141,12 @@ def labels(rows: Iterable[Row]) -> tuple[str, ...]:
     return tuple(sorted({row.label for row in rows if row.label is not None}))
 
 
-def default_instruction(names: Sequence[str]) -> str:
+def default_instruction(names: Sequence[str], of: str = "the text") -> str:
     """Return the instruction used for classification rows when none is configured; it lists the labels."""
     if not names or len(names) > 20:
-        return "Classify the text."
+        return f"Classify {of}."
     listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
-    what = "the sentiment of the text" if {n.lower() for n in names} <= SENTIMENTS else "the text"
+    what = f"the sentiment of {of}" if {n.lower() for n in names} <= SENTIMENTS else of
     return f"Classify {what} as {listed}."
 
 

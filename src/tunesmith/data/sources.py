@@ -73,12 +73,12 @@ def read_splits(
         rows = read_rows(path, schema=schema, limit=limit, instruction=instruction)
         return Splits(rows, [], [])
     if is_scienceqa(path):
-        known = [(split, name) for name in splits_of(path) for split, names in SPLITS.items() if name in names]
-        found = {split: read_scienceqa(path, name, captions=captions, limit=limit) for split, name in known}
-        return Splits(**{split: found.get(split, []) for split in SPLITS})
+        own = [(split, name) for name in splits_of(path) for split, known in SPLITS.items() if name in known]
+        asked = {split: read_scienceqa(path, name, captions=captions, limit=limit) for split, name in own}
+        return Splits(**{split: asked.get(split, []) for split in SPLITS})
     if is_image_folder(path, SPLITS):
-        found = read_image_folder(path, SPLITS, limit)
-        return Splits(**{split: _instruct(found.get(split, []), instruction, found["train"]) for split in SPLITS})
+        seen = read_image_folder(path, SPLITS, limit)
+        return Splits(**{split: _instruct(seen.get(split, []), instruction, seen["train"]) for split in SPLITS})
     files = _split_files(path)
     read = {name: _read_files(files[name], schema, limit) for name in SPLITS}
     kinds = {rows[0].kind: name for name, rows in read.items() if rows}

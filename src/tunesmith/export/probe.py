@@ -1,13 +1,14 @@
 """The probe: what the live model computed at the end of training, kept to hold a fresh load of the saved files against.
 
-verify_probe.safetensors   tokens, lengths, positions; live (places, vocabulary); base likewise where it can be had
+verify_probe.safetensors   tokens, lengths, positions; live (places, vocabulary); base likewise where it can be had;
+                           images: what the adapter looks at of each row's image, where it looks at any
 """
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +16,41 @@ import torch
 from torch import Tensor
 
 from tunesmith import __version__
-from tunesmith.data.encode import Example
+from tunesmith.data.encode import Example, picture_of
 from tunesmith.data.pack import plan_packs
 from tunesmith.errors import AdapterError
 from tunesmith.files import atomic_save_safetensors
 from tunesmith.inference.generate import evaluation_mode
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.llama import Llama
+from tunesmith.model.sight import Look, Picture, distinct, looked_up
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenizer.base import GOLDEN
 
 PROBE = "verify_probe.safetensors"
 MAX_ROWS, MAX_TOKENS, PLACES = 8, 256, 8  # rows, tokens of a row, places of a row whose logits are kept
+
+
+@dataclass(frozen=True)
+class Images:
+    """Features (images, ...) of each look, in the order of `Needs.looks`, and every row's image, (rows,); -1: none."""
+
+    features: tuple[Tensor, ...]
+    of_row: Tensor
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """An image of a probe: a Picture without an encoder. Without `features` it is one drawn at random."""
+
+    key: str
+    features: Mapping[Look, Tensor] | None = None
+
+    def look(self, look: Look) -> Tensor:
+        """See `Picture`."""
+        if self.features is not None:
+            return self.features[look]
+        return torch.randn(look.shape, generator=torch.Generator().manual_seed(int(self.key)))
 
 
 @dataclass(frozen=True)
@@ -42,6 +66,7 @@ class Probe:
     live: Tensor | None = None
     base: Tensor | None = None
     made: Mapping[str, str] | None = None
+    images: Images | None = None
 
 
 def write_probe(
@@ -49,9 +74,10 @@ def write_probe(
 ) -> None:
     """Record in `folder` (the run's) what `model` computes for the first `rows` of ids, with adapters and without.
 
-    Each row is cut to MAX_TOKENS; logits are kept at PLACES places of each. Raises AdapterError where no row has any.
+    Each row is cut to MAX_TOKENS; logits are kept at PLACES places of each; rows may be `Prompt`s with an image. Raises
+    AdapterError where no row has any tokens.
     """
-    probe = make_probe(rows)
+    probe = replace(make_probe(rows), images=_images(rows, model.needs(adapters).looks))
     live = logits_at(model, probe, adapters)
     tensors = {
         "tokens": probe.tokens,
@@ -62,6 +88,7 @@ def write_probe(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if not any(parameters[name].requires_grad for name in model.config.weight_shapes()):  # trained: the base is gone
         tensors["base"] = logits_at(model, probe, ())
+    tensors |= image_tensors(probe)
     atomic_save_safetensors(Path(folder) / PROBE, tensors, made_with(model))
 
 
@@ -95,7 +122,11 @@ def read_probe(path: Path) -> Probe:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             made = file.metadata() or {}
         lengths = tuple(int(n) for n in tensors["lengths"])
-        probe = Probe(tensors["tokens"], lengths, tensors["positions"], tensors["live"], tensors.get("base"), made)
+        live = tensors["live"] if tensors["live"].numel() else None
+        probe = Probe(tensors["tokens"], lengths, tensors["positions"], live, tensors.get("base"), made)
+        if "images" in tensors:
+            features = tuple(tensors[f"image.{i}"] for i in range(sum(name.startswith("image.") for name in tensors)))
+            probe = replace(probe, images=Images(features, tensors["images"]))
         if sum(lengths) != probe.tokens.numel() or probe.positions.max() >= probe.tokens.numel():
             raise ValueError("its lengths do not add up")
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
@@ -114,17 +145,52 @@ def logits_at(model: Llama, probe: Probe, adapters: tuple[str, ...] | None) -> T
         )
     with evaluation_mode(model):
         parts = probe.tokens.numpy().astype(np.int32)
-        rows = [_half(ids) for ids in np.split(parts, np.cumsum(probe.lengths)[:-1])]
         needs = model.needs(adapters)
+        pictures = _pictures(probe, needs.looks)
+        rows = [_half(*row) for row in zip(np.split(parts, np.cumsum(probe.lengths)[:-1]), pictures, strict=True)]
         (pack,) = plan_packs(rows, budget=1 << 30, share=False, device=model.device, needs=needs)
         ctx = model.context(pack.layout, adapters=adapters)
         hidden = model.run(pack.tokens, ctx)[pack.tokens >= 0]  # the probe's own tokens, without an adapter's infix
         return model.logits(hidden[probe.positions.to(model.device)], ctx).cpu()
 
 
-def _half(ids: np.ndarray) -> Example:
+def _half(ids: np.ndarray, picture: Picture | None) -> Example:
     """The ids as a prompt and its answer, so that what acts where a prompt ends is seen too."""
-    return Example(ids, np.arange(len(ids)) >= (len(ids) + 1) // 2, "probe")
+    return Example(ids, np.arange(len(ids)) >= (len(ids) + 1) // 2, "probe", picture=picture)
+
+
+def _images(rows: Sequence[Sequence[int]], looks: Sequence[Look]) -> Images | None:
+    """What is looked at of the rows' images; None where nothing is."""
+    pictures, of_row = distinct([picture_of(row) for row in rows if len(row)][:MAX_ROWS])
+    if not looks or not pictures:
+        return None
+    found = looked_up(pictures, looks, torch.device("cpu"))
+    return Images(tuple(found[look] for look in looks), torch.tensor(of_row))
+
+
+def image_tensors(probe: Probe) -> dict[str, Tensor]:
+    """A probe's images as it is saved with them."""
+    if probe.images is None:
+        return {}
+    return {f"image.{i}": features for i, features in enumerate(probe.images.features)} | {
+        "images": probe.images.of_row
+    }
+
+
+def _pictures(probe: Probe, looks: Sequence[Look]) -> list[Picture | None]:
+    """Each row's image: as kept; drawn at random for a probe without any, so that what only images move is seen.
+
+    Raises AdapterError for images that do not fit what is looked at.
+    """
+    if not looks or probe.images is None:
+        return [_Kept(str(i)) if looks and probe.live is None else None for i in range(len(probe.lengths))]
+    features, of_row = probe.images.features, probe.images.of_row.tolist()
+    if [f.shape[1:] for f in features] != [look.shape for look in looks] or len(of_row) != len(probe.lengths):
+        raise AdapterError("the probe's images are not what this adapter looks at: another adapter, or a damaged probe")
+    kept = [
+        _Kept(str(i), {look: f[i] for look, f in zip(looks, features, strict=True)}) for i in range(len(features[0]))
+    ]
+    return [None if i < 0 else kept[i] for i in of_row]
 
 
 def made_with(model: Llama) -> dict[str, str]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tunesmith.adapters import open_method
 from tunesmith.adapters.peft_format import load_adapter, read_info, use_attention
 from tunesmith.errors import TunesmithError, VerificationError
-from tunesmith.export.probe import Probe, logits_at, read_probe
+from tunesmith.export.probe import Probe, image_tensors, logits_at, read_probe
 from tunesmith.files import atomic_save_safetensors, atomic_write_json
 from tunesmith.model.load import load_model
 from tunesmith.model.quantize import quant_of
@@ -68,8 +68,9 @@ def replay_in_child(request: Request, probe: Probe) -> Answer:
     with tempfile.TemporaryDirectory(prefix="tunesmith-verify-") as name:
         folder = Path(name)
         atomic_write_json(folder / "request.json", asdict(request))
-        live = torch.zeros(1) if probe.live is None else probe.live
+        live = torch.zeros(0) if probe.live is None else probe.live
         tensors = {"tokens": probe.tokens, "positions": probe.positions, "lengths": torch.tensor(probe.lengths)}
+        tensors |= image_tensors(probe)
         atomic_save_safetensors(folder / "probe.safetensors", {**tensors, "live": live})
         child = subprocess.run(
             [sys.executable, "-P", "-m", "tunesmith.export.replay", name],

@@ -17,6 +17,7 @@ from tunesmith.model.llama import Llama
 
 if TYPE_CHECKING:
     from tunesmith.data.segments import Template
+    from tunesmith.model.sight import Picture
     from tunesmith.tokenizer import Tokenizer
 
 TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -32,6 +33,7 @@ def run_chat(
     adapter: str | None = None,
     settings: GenerationSettings | None = None,
     system: str | None = None,
+    picture: Picture | None = None,
     stdin: TextIO | None = None,
     stdout: TextIO | None = None,
     stderr: TextIO | None = None,
@@ -39,12 +41,15 @@ def run_chat(
 ) -> None:
     """Talk until Ctrl-D, the end of the input, or /exit. Answers go to stdout, everything else to stderr.
 
-    `adapter` acts at first (None: the bare base); `template` is the base's, `templates` those of its adapters.
-    `interactive` (default: is stdin a terminal?) prints a prompt and lets the line be edited. Ctrl-C stops the
-    answer, not the program. An error is said in one line and the talk goes on; from piped input it ends the program.
+    `adapter` acts at first (None: the bare base); `template` is the base's, `templates` those of its adapters; the talk
+    is about `picture`. `interactive` (default: is stdin a terminal?) prints a prompt and lets the line be edited.
+    Ctrl-C stops the answer, not the program. An error is said in one line and the talk goes on; from piped input it
+    ends the program.
     """
     adapters = () if adapter is None else (adapter,)
     session = ChatSession(model, tokenizer, template, settings, system=system, adapters=adapters, templates=templates)
+    if picture is not None:
+        session.show(picture)
     streams = stdin or sys.stdin, stdout or sys.stdout, stderr or sys.stderr
     if interactive is None:
         interactive = streams[0].isatty()
@@ -239,6 +244,16 @@ def _setting(word: str) -> tuple[str, Any]:
     raise GenerationError(f"/settings {word}: {value!r} is not a number, nor none")
 
 
+def _image(terminal: Terminal, name: str) -> None:
+    if name:
+        from tunesmith.vision.open import open_image
+
+        off = name == "off"
+        terminal.session.show(None if off else open_image(Path(name).expanduser(), "/image"))
+    seen = terminal.session.picture
+    terminal.note("image: none" if seen is None else f"image: {getattr(seen, 'image', 'given')}")
+
+
 def _save(terminal: Terminal, name: str) -> None:
     if not name:
         raise GenerationError("/save: name a file, for example /save talk.jsonl")
@@ -265,6 +280,7 @@ COMMANDS: dict[str, Command] = {
     "/system": Command("/system [TEXT]", "set the system message; without a text there is none", _system),
     "/reset": Command("/reset", "forget the conversation", _reset),
     "/settings": Command("/settings [name=value]", "show or change how answers are generated", _settings),
+    "/image": Command("/image [FILE|off]", "talk about an image, if the adapter looks at images", _image),
     "/save": Command("/save FILE", "write the conversation as JSON", _save),
     "/help": Command("/help", "this list", _help),
     "/exit": Command("/exit", "leave", _exit),

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tunesmith.data.encode import encode_prompt
-from tunesmith.data.pack import NOTHING
+from tunesmith.data.encode import Prompt, encode_prompt
 from tunesmith.data.schemas import Row, chat_row
 from tunesmith.errors import GenerationError, TemplateError
 from tunesmith.inference.answers import Answer, Generation, Job
@@ -32,6 +31,7 @@ from tunesmith.model.llama import Llama
 
 if TYPE_CHECKING:
     from tunesmith.data.segments import Template
+    from tunesmith.model.sight import Picture
     from tunesmith.tokenizer import Tokenizer
 
 Message = dict[str, str]
@@ -61,6 +61,7 @@ class ChatSession:
         self.settings = settings or GenerationSettings()
         self.system = system
         self.adapters = adapters
+        self.picture: Picture | None = None
         self.messages: list[Message] = []
         self.notices: list[str] = []
         self.last: Generation | None = None
@@ -82,6 +83,17 @@ class ChatSession:
         self.adapters = chosen
         self.template = self._base_template if adapter is None else self._templates.get(adapter, self._base_template)
         self._forget()  # its keys and values are another model's
+
+    def show(self, picture: Picture | None) -> None:
+        """Let the conversation be about this image from now on; None: about none. Raises GenerationError.
+
+        What was said stays; it is read anew, with the image.
+        """
+        if picture is not None and not self.model.needs(self.adapters).looks:
+            acting = ", ".join(self.names if self.adapters is None else self.adapters) or "the bare base"
+            raise GenerationError(f"nothing here looks at images ({acting} does not); use an adapter that does")
+        self.picture = picture
+        self._forget()
 
     def reset(self) -> None:
         """Forget the conversation; system text, settings and adapter stay."""
@@ -110,7 +122,7 @@ class ChatSession:
             if answer.strip():
                 self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
-    def _answer(self, prompt: list[int]) -> Iterator[str]:
+    def _answer(self, prompt: Prompt) -> Iterator[str]:
         stop = tuple(dict.fromkeys((*self.settings.stop, *self.template.stop)))
         settings = replace(self.settings, stop=stop, n=1)
         eos = self.tokenizer.eos_ids
@@ -135,35 +147,33 @@ class ChatSession:
             self._remember(prompt, answer)
 
     @torch.inference_mode()
-    def _feed(self, job: Job, prompt: list[int]) -> tuple[Cache, Tensor]:
+    def _feed(self, job: Job, prompt: Prompt) -> tuple[Cache, Tensor]:
         """The cache with exactly `prompt` in it, and the logits after it; only what it does not hold is computed."""
         if self._cache is None:
             room = min(job.settings.max_new_tokens, FIRST_ROOM)
             self._cache = Cache(self.model.config, 1, len(prompt) + room, self.model.dtype, self.model.device)
         needs = self.model.needs(self.adapters)
-        known, whole = (
-            0,
-            needs != NOTHING,
-        )  # an earlier prompt's end is edited in the cache, and is no end now
+        known, whole = 0, needs.by_answer  # an earlier prompt's end is edited in the cache, and is no end now
         for held, token in zip(self._held, prompt[:-1], strict=False):  # the last token is fed: its logits are needed
             if held != token or whole:
                 break
             known += 1
         self._cache.truncate(0, known)
         self._held = self._held[:known]
-        fresh, layout = pack_prompts([prompt[known:]], False, self.model.device, [needs])
+        rest = Prompt(prompt[known:], prompt.picture)
+        fresh, layout = pack_prompts([rest], False, self.model.device, [needs])
         return self._cache, forward_last(
             self.model, fresh.tolist(), layout, self._cache, [self.adapters], [len(fresh) - 1]
         )
 
-    def _remember(self, prompt: list[int], answer: Answer) -> None:
+    def _remember(self, prompt: Prompt, answer: Answer) -> None:
         if self._cache is not None:
             self._held = [*prompt, *answer.ids][: self._cache.lengths[0] - self._cache.virtual[0]]
 
     def _forget(self) -> None:
         self._cache, self._held = None, []
 
-    def _prompt(self, text: str) -> list[int]:
+    def _prompt(self, text: str) -> Prompt:
         """The tokens of history and question; the oldest exchanges go where the context is too short for all."""
         history = self.messages
         if history and not self._keeps_history():
@@ -183,7 +193,8 @@ class ChatSession:
 
     def _row(self, history: list[Message], text: str) -> Row:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return chat_row([*system, *history, {"role": "user", "content": text}], "chat")
+        row = chat_row([*system, *history, {"role": "user", "content": text}], "chat")
+        return row if self.picture is None else replace(row, image=self.picture)
 
     def _keeps_history(self) -> bool:
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -106,7 +106,9 @@ def distinct(pictures: Sequence[Picture | None]) -> tuple[list[Picture], list[in
 
 
 def looked_up(pictures: Sequence[Picture], looks: Sequence[Look], device: torch.device) -> dict[Look, Tensor]:
-    """The features of these images, (images, *look.shape) for each look."""
+    """The features of these images, (images, *look.shape) for each look; on the meta device, their shapes alone."""
+    if device.type == "meta":
+        return {look: torch.empty(len(pictures), *look.shape, device=device) for look in looks}
     none = {look: torch.zeros(0, *look.shape) for look in looks}
     found = {look: torch.stack([p.look(look) for p in pictures]) if pictures else none[look] for look in looks}
     return {look: values.to(device) for look, values in found.items()}

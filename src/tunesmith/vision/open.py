@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tunesmith.data.encode import picture_of
 from tunesmith.data.image_field import image_at
 from tunesmith.data.schemas import Row
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, GenerationError
 from tunesmith.model.sight import Look, Picture
 from tunesmith.vision.cache import FeatureCache
 from tunesmith.vision.encoders import Encoder, features, open_encoder
@@ -114,6 +115,8 @@ def open_image(image: Path | bytes | str, where: str, gallery: Gallery = GALLERY
     """An image from a path, bytes or a data URL. Raises DataError for one that is missing, empty or too large."""
     if isinstance(image, str):
         image = image_at(image, where)
+    if isinstance(image, Path):
+        image = image.expanduser()
     return Seen(image, hashlib.sha256(read_bytes(image, where)).hexdigest(), where, gallery)
 
 
@@ -143,6 +146,34 @@ def look_all(pictures: Iterable[Picture | None], looks: Sequence[Look], show: bo
         for wanted, some in groups.items():
             gallery.compute(some, wanted, done)
     return len(found), len(computed)
+
+
+def rows_seen(rows: Sequence[Row], looks: Sequence[Look]) -> list[Row]:
+    """The rows as something sees them that looks at this of images: opened, features at hand. Raises DataError."""
+    if not looks:
+        return list(rows)
+    opened = open_rows(rows)
+    look_all([picture_of(row) for row in opened], looks)
+    return opened
+
+
+def with_images(
+    rows: Sequence[Row], images: Sequence[Path | bytes | str | None], looks: Sequence[Look], gallery: Gallery = GALLERY
+) -> list[Row]:
+    """Rows about these images, one or None for each (none at all: ()), for something that looks at this of them.
+
+    Raises GenerationError where nothing looks, DataError for an image that is missing or broken.
+    """
+    if all(image is None for image in images):
+        return list(rows)
+    if not looks:
+        raise GenerationError("an image was given, and nothing here looks at images; use an adapter that does")
+    pictures = [
+        None if image is None else open_image(image, row.source, gallery)
+        for row, image in zip(rows, images, strict=True)
+    ]
+    look_all(pictures, looks, show=False)
+    return [replace(row, image=picture) for row, picture in zip(rows, pictures, strict=True)]
 
 
 @contextmanager
