@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from tunesmith import adapters as methods
 from tunesmith import inference
 from tunesmith.adapters import Adapter
 from tunesmith.adapters.peft_format import AdapterInfo, adapter_folder, load_adapter, read_info
-from tunesmith.config import DataSection, ModelSection, QuantSection, load_run, validate_section
+from tunesmith.config import ModelSection, QuantSection, load_run, validate_section
 from tunesmith.data.encode import encode_prompt
 from tunesmith.data.schemas import chat_row
 from tunesmith.data.segments import Template
@@ -32,9 +33,10 @@ from tunesmith.inference.sample import GenerationSettings
 from tunesmith.inference.templates import base_template, saved_template
 from tunesmith.model.quantize import quant_of, spec_of
 from tunesmith.plan import plan_run, preview_data
-from tunesmith.prepare import Loaded, held_out_rows, load_base
+from tunesmith.prepare import Loaded, load_base
 from tunesmith.quant.storage import Spec
 from tunesmith.scratch import base_in
+from tunesmith.vision.open import open_image, with_images
 from tunesmith.workflow import Outcome, train_run
 
 if TYPE_CHECKING:
@@ -155,11 +157,12 @@ def generate(
     *,
     use: str | None = None,
     system: str | None = None,
+    image: str | Path | bytes | None = None,
     on_text: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Answer one prompt; see `generate_all`."""
-    return generate_all(loaded, [prompt], use=use, system=system, on_text=on_text, **settings)[0]
+    """Answer one prompt, about an image if there is one; see `generate_all`."""
+    return generate_all(loaded, [prompt], use=use, system=system, images=[image], on_text=on_text, **settings)[0]
 
 
 def generate_all(
@@ -168,18 +171,21 @@ def generate_all(
     *,
     use: str | None = None,
     system: str | None = None,
+    images: Sequence[str | Path | bytes | None] = (),
     on_text: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """Answer all prompts in one batch; an answer is {"text", "finish_reason", "tokens"}.
 
-    `use` names an adapter, or "base"; `on_text` takes the text as it comes, so give it one prompt. `settings` are
-    GenerationSettings. Raises GenerationError, AdapterError, TemplateError.
+    `use` names an adapter, or "base"; `images`: one or None for each prompt, a path, bytes or a data URL; `on_text`
+    takes the text as it comes, so give it one prompt. `settings` are GenerationSettings. Raises GenerationError,
+    AdapterError, TemplateError, DataError.
     """
     active = choose(loaded, use)
     template = template_of(loaded, active)
     messages = [{"role": "system", "content": system}] if system else []
     rows = [chat_row([*messages, {"role": "user", "content": prompt}], "prompt") for prompt in prompts]
+    rows = with_images(rows, images, loaded.model.needs(_in_seams(loaded, active)).looks)
     stop = (*tuple(settings.pop("stop", ()) or ()), *template.stop)
     answers = inference.generate(
         loaded.model,
@@ -194,10 +200,10 @@ def generate_all(
 
 
 def chat(loaded: Loaded, *, use: str | None = None, console: Console | None = None, **settings: Any) -> None:
-    """Talk in the terminal until the user leaves."""
+    """Talk in the terminal until the user leaves; `image`: about this one."""
     from tunesmith.inference.chat import run_chat
 
-    system = settings.pop("system", None)
+    system, image = settings.pop("system", None), settings.pop("image", None)
     active = choose(loaded, use)
     seams = _in_seams(loaded, tuple(loaded.adapters))
     templates = {key: template_of(loaded, (key,)) for key in seams}
@@ -211,6 +217,7 @@ def chat(loaded: Loaded, *, use: str | None = None, console: Console | None = No
         adapter=active[0] if active else None,
         settings=GenerationSettings().changed(**settings),
         system=system,
+        picture=None if image is None else open_image(image, "--image"),
     )
 
 
@@ -320,39 +327,29 @@ def combine(parts: Mapping[str, float], *, base: str | None = None, out: str | P
 def evaluate(
     target: str | Path,
     *,
-    data: str | None = None,
-    metrics: list[str] | None = None,
     base: str | None = None,
-    split: str = "test",
-    rows: int | None = None,
+    use: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    items: Path | None = None,
     console: Console | None = None,
+    **asked: Any,
 ) -> dict[str, Any]:
-    """Measure a run, an adapter or a model on the `split` of some data; a run has its own data and metrics."""
-    from tunesmith.evaluate.held_out import evaluate_rows, read_split
+    """Measure a run, an adapter or a model.
 
-    folder = adapter_folder(Path(target))
-    loaded = load(base, adapter=target) if folder is not None else load(target)
-    config = Path(target) / "config.yaml"
-    if data is not None:
-        section = DataSection(train=data)
-        found = read_split(section, split)
-    elif config.is_file():
-        run, _ = load_run(config, [], {})
-        section = run.data
-        found = held_out_rows(run) or read_split(section, split)
-    else:
-        raise ConfigError("evaluate: say on which data with --data (a run folder has its own)")
-    active = choose(loaded, None)
-    report = evaluate_rows(
-        loaded.model,
-        loaded.tokenizer,
-        template_of(loaded, active),
-        section,
-        found[:rows],
-        metrics=metrics or [],
-        adapters=_in_seams(loaded, active),
-    )
-    return {"data": section.train, **report}
+    `asked`: `data`, `metrics`, `split` and `rows` (a run has its own data), `tasks` as "NAME=PATH" with `settings` as
+    "NAME.KEY=VALUE", `harness`: see evaluation.py. `use`: an adapter, or "base". `items`: a file for a line about every
+    item of the tasks. Raises ConfigError, DataError before the model is loaded.
+    """
+    from tunesmith.evaluate.subject import Subject as Measured
+    from tunesmith.evaluation import read_evaluation
+
+    evaluation = read_evaluation(Path(target), **asked)
+    adapter = target if adapter_folder(Path(target)) is not None else None
+    loaded = load(target if adapter is None else base, adapter=adapter, dtype=dtype, device=device)
+    template, adapters = acting(loaded, use)
+    measured = Measured(loaded.model, loaded.tokenizer, template, adapters=adapters)
+    return evaluation.measure(measured, partial((console or _console()).print, markup=False, soft_wrap=True), items)
 
 
 def _trained_as(adapters: Mapping[str, Path]) -> ModelSection | None:

@@ -3,7 +3,41 @@
 No module of this package imports torch, transformers or pydantic at the top: `--help` has to answer at once.
 """
 
-from tunesmith.cli import combine, data, export, merge, quantize, show, tournament, train, use, verify
+from tunesmith.cli import (
+    combine,
+    compare,
+    data,
+    evaluate,
+    export,
+    merge,
+    predict,
+    quantize,
+    serve,
+    show,
+    spectrum,
+    tournament,
+    train,
+    use,
+    verify,
+)
 from tunesmith.cli.shell import app, main
 
-__all__ = ["app", "combine", "data", "export", "main", "merge", "quantize", "show", "tournament", "train", "use", "verify"]
+__all__ = [
+    "app",
+    "combine",
+    "compare",
+    "data",
+    "evaluate",
+    "export",
+    "main",
+    "merge",
+    "predict",
+    "quantize",
+    "serve",
+    "show",
+    "spectrum",
+    "tournament",
+    "train",
+    "use",
+    "verify",
+]

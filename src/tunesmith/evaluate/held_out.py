@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from tunesmith.config import DataSection
 from tunesmith.data.catalog import resolve_data
 from tunesmith.data.encode import encode_rows
 from tunesmith.data.schemas import Row, labels
-from tunesmith.data.segments import Template
 from tunesmith.data.sources import SPLITS, read_splits
 from tunesmith.errors import ConfigError, DataError, did_you_mean
 from tunesmith.evaluate.run import measure
 from tunesmith.evaluate.subject import Subject
-from tunesmith.model.llama import Llama
-from tunesmith.tokenizer import Tokenizer
+from tunesmith.vision.open import rows_seen
 
 
 def read_split(section: DataSection, split: str) -> list[Row]:
@@ -26,7 +25,9 @@ def read_split(section: DataSection, split: str) -> list[Row]:
     if split not in SPLITS:
         raise ConfigError(f"--split {split}: should be one of {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}")
     path = resolve_data(section.train)
-    splits = read_splits(path, schema=section.schema, instruction=section.instruction)
+    splits = read_splits(
+        path, schema=section.schema, instruction=section.instruction, captions=section.captions
+    )
     rows: list[Row] = splits.train if path.is_file() else getattr(splits, split)
     if not rows:
         raise DataError(f"{path}: has no {split} rows; choose another with --split")
@@ -34,21 +35,15 @@ def read_split(section: DataSection, split: str) -> list[Row]:
 
 
 def evaluate_rows(
-    model: Llama,
-    tokenizer: Tokenizer,
-    template: Template,
-    section: DataSection,
-    rows: Sequence[Row],
-    *,
-    metrics: Sequence[str],
-    adapters: tuple[str, ...] | None,
+    subject: Subject, section: DataSection, rows: Sequence[Row], *, metrics: Sequence[str]
 ) -> dict[str, Any]:
-    """Measure `metrics` on `rows`; without any: eval_loss, and accuracy where rows have labels.
+    """Measure `metrics` on `rows` with the model, template and adapters of `subject`, which has no rows of its own.
 
-    Raises ConfigError for an unknown metric.
+    Without any: eval_loss, and accuracy where rows have labels. Raises ConfigError for an unknown metric.
     """
+    rows = rows_seen(rows, subject.model.needs(subject.adapters).looks)
     names = section.labels or labels(rows)
-    encoded = encode_rows(rows, template, tokenizer, cutoff=section.cutoff, cut=section.cut)
-    subject = Subject(model, tokenizer, template, tuple(rows), encoded.examples, tuple(names), adapters)
+    encoded = encode_rows(rows, subject.template, subject.tokenizer, cutoff=section.cutoff, cut=section.cut)
+    asked = replace(subject, rows=tuple(rows), examples=encoded.examples, labels=tuple(names))
     wanted = list(metrics) or ["eval_loss", *(["accuracy"] if len(names) > 1 else [])]
-    return {"rows": len(rows), **measure(subject, wanted)}
+    return {"rows": len(rows), **measure(asked, wanted)}

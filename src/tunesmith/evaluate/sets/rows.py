@@ -13,6 +13,7 @@ from tunesmith.evaluate.choice import ChoiceSettings, Question, measure, with_ex
 from tunesmith.evaluate.tasks import Task
 
 MAX_FILES = 10_000  # of a folder
+KINDS = {f".{kind.rpartition('.')[2]}" for kind in READERS}  # a name's last suffix
 SEPARATORS = str.maketrans("-_.", "   ")
 
 Raw = Mapping[str, Any]
@@ -70,9 +71,7 @@ def rows_of(path: Path, split: str, within: str = "") -> Iterator[tuple[str, Raw
 def files_of(folder: Path, split: str, within: str = "") -> list[Path]:
     """The file of `split` below a folder, or its shards, by the words of their names. Raises DataError."""
     names = set(SPLITS.get(split, (split,)))
-    files = [
-        p for p in islice(sorted(folder.rglob("*")), MAX_FILES) if "".join(p.suffixes[-1:]) in KINDS and p.is_file()
-    ]
+    files = [p for p in islice(sorted(folder.rglob("*")), MAX_FILES) if p.suffix.lower() in KINDS and p.is_file()]
     if within:
         files = [p for p in files if any(part.startswith(within) for part in p.relative_to(folder).parts)]
     found = [p for p in files if names & set(p.name.lower().translate(SEPARATORS).split())]
@@ -83,9 +82,6 @@ def files_of(folder: Path, split: str, within: str = "") -> list[Path]:
         listed = ", ".join(str(p.relative_to(folder)) for p in found[:4])
         raise DataError(f"{folder}: more than one {split} file ({listed}); name the one that is meant")
     return found
-
-
-KINDS = {suffix for kind in READERS for suffix in [f".{kind.rpartition('.')[2]}"]}
 
 
 def text(raw: Raw, key: str, where: str) -> str:
