@@ -126,12 +126,15 @@ def expand(spec: GridSpec, opened: Mapping[str, str] | None = None) -> Grid:
         of = cell.method if spec.search is None or spec.search.per == "method" else cell.line
         first = next(c for c in cells if of in (c.method, c.line))
         leaders[cell.line] = first
-    return Grid(spec, tuple(cells), _bases(spec, cells) if spec.baseline else {}, leaders, tuple(notes))
+    grid = Grid(spec, tuple(cells), _bases(spec, cells) if spec.baseline else {}, leaders, tuple(notes))
+    for cell in leaders.values():
+        grid.trials(cell)  # a budget that leaves nothing for them is refused here
+    return grid
 
 
 def speed_of(cell: Cell) -> Cell:
     """The few timed steps that say how long a step of the cell's line takes."""
-    train = replace(cell.run.train, max_steps=SPEED_STEPS, epochs=float(SPEED_STEPS), seed=0)
+    train = replace(cell.run.train, max_steps=SPEED_STEPS, epochs=float(SPEED_STEPS), seed=0, learning_rate=None)
     run = replace(cell.run, train=train)
     budget = None if cell.budget is None or cell.budget.memory is None else Budget(memory=cell.budget.memory)
     slug = f"speed_{cell.line}"[:MOST_SLUG]
@@ -176,7 +179,7 @@ def _check_names(spec: GridSpec) -> None:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9+.-]+", "-", text).strip("-.")[:28] or "x"
+    return re.sub(r"[^A-Za-z0-9_+.-]+", "-", text).strip("-.")[:28] or "x"
 
 
 def _points(spec: GridSpec, method: MethodSpec) -> list[tuple[dict[str, Any], str]]:

@@ -15,6 +15,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 40
 COLOURS = 8
 MOST_POINTS = 120
 LETTER = 13  # height of a label
+FAR_APART = 50  # times the least: such costs are drawn by powers of ten
 
 Box = tuple[float, float, float, float]
 
@@ -40,10 +41,14 @@ class Scale:
     start: float
     end: float
     ticks: Sequence[float]
+    powers: bool = False  # places go by the logarithm
 
     def at(self, value: float) -> float:
         """The place of a value."""
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+        low, high = (math.log10(self.low), math.log10(self.high)) if self.powers else (self.low, self.high)
+        return self.start + ((math.log10(value) if self.powers else value) - low) / (high - low) * (
+            self.end - self.start
+        )
 
 
 def scale(values: Sequence[float], start: float, end: float, count: int = 4) -> Scale:
@@ -59,9 +64,18 @@ def scale(values: Sequence[float], start: float, end: float, count: int = 4) -> 
     return Scale(ticks[0], ticks[-1], start, end, ticks)
 
 
+def powers(values: Sequence[float], start: float, end: float) -> Scale:
+    """A scale by powers of ten over positive values."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    ticks = [10.0**power for power in range(low, max(high, low + 1) + 1)]
+    return Scale(ticks[0], ticks[-1], start, end, ticks, True)
+
+
 def scatter(title: str, across: str, up: str, points: Sequence[Point]) -> str:
     """Points with letters; those of the front are filled and joined."""
-    xs = scale([p.x for p in points], LEFT, WIDTH - RIGHT)
+    places_of = [p.x for p in points]
+    wide = min(places_of) > 0 and max(places_of) > FAR_APART * min(places_of)
+    xs = (powers if wide else scale)(places_of, LEFT, WIDTH - RIGHT)
     heights = [p.y + sign * (p.half or 0) for p in points for sign in (-1, 1)]
     ys = scale(heights, HEIGHT - BOTTOM, TOP)
     parts = [_axes(xs, ys, across, up)]
@@ -179,11 +193,16 @@ def _axes(xs: Scale, ys: Scale, across: str, up: str) -> str:
 
 def tick(value: float, scale: Scale) -> str:
     """A tick's number, in as many digits as its step needs."""
+    if scale.powers:
+        return next((f"{value / unit:g}{name}" for unit, name in _UNITS if value >= unit), f"{value:g}")
     step = scale.ticks[1] - scale.ticks[0]
     if abs(value) >= 1e4 and step >= 100:
         return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k"
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     return f"{value:.{min(digits, 6)}f}"
+
+
+_UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def _svg(title: str, parts: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from tunesmith.evaluate.outcomes import Outcomes
 
 DRAWS = 10_000
 SEED = 0  # of the bootstrap: a report made again is the same
-_CHUNK = 2_000_000  # numbers drawn at a time
+_CHUNK = 1_000_000  # numbers drawn at a time
 
 # t(.975, df) for 1 to 30 degrees of freedom, as printed in the tables of textbooks.
 _T = (
@@ -80,7 +80,10 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
     only_first = sum(a > b for a, b in zip(first, second, strict=True))
     only_second = sum(b > a for a, b in zip(first, second, strict=True))
     different = only_first + only_second
-    tail = sum(math.comb(different, k) for k in range(min(only_first, only_second) + 1))
+    tail = term = 1  # C(n, k), whole numbers throughout
+    for k in range(min(only_first, only_second)):
+        term = term * (different - k) // (k + 1)
+        tail += term
     return min(1.0, 2 * tail / 2**different)
 
 
@@ -120,13 +123,12 @@ def _ratios(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """sum values / sum weights of DRAWS resamplings of the rows, (DRAWS, k), for k figures of the same rows (k, n)."""
     count = values.shape[1]
     random = np.random.default_rng(SEED)
-    even = np.full(count, 1 / count)
     found, left = [], DRAWS
     while left:
         size = min(left, max(1, _CHUNK // count))
-        times = random.multinomial(count, even, size=size).astype(np.float64)
+        rows = random.integers(0, count, size=(size, count))
         with np.errstate(invalid="ignore", divide="ignore"):
-            found.append((times @ values.T) / (times @ weights.T))
+            found.append(np.stack([v[rows].sum(1) / w[rows].sum(1) for v, w in zip(values, weights, strict=True)], 1))
         left -= size
     drawn = np.concatenate(found)
     return drawn[np.isfinite(drawn).all(axis=1)]  # a draw of rows without a supervised token says nothing

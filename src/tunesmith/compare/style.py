@@ -38,6 +38,8 @@ td, th { padding: .3rem .6rem; border-bottom: 1px solid var(--rule); text-align:
 tbody tr:last-child td { border-bottom: 0 } thead th { background: var(--raised); vertical-align: bottom }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 .word { white-space: nowrap } .best td { font-weight: 600 } .untuned td { color: var(--dim) }
+.sortable td:first-child, .sortable th:first-child { position: sticky; left: 0; background: var(--paper) }
+.sortable th:first-child { background: var(--raised) }
 th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0; cursor: pointer;
  text-align: inherit; white-space: nowrap }
 th button:focus-visible, summary:focus-visible { outline: 2px solid currentColor; outline-offset: 2px }
