@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -125,6 +127,7 @@ class Live:
     engine: Engine
     url: str
     metrics: Any
+    loop: asyncio.AbstractEventLoop
 
     def settled(self, seconds: float = 20.0) -> bool:
         """Wait until nothing is being answered."""
@@ -158,12 +161,18 @@ def start(base: Path, adapters: Path) -> Iterator[Starter]:
         engine = Engine(make_registry(base, adapters, names), limits, metrics).start()
         door = listen("127.0.0.1", 0)
         server = uvicorn.Server(config(create_app(engine, Options(key, **more), metrics), limits))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
+        loops: queue.SimpleQueue[asyncio.AbstractEventLoop] = queue.SimpleQueue()
+
+        async def serve() -> None:
+            loops.put(asyncio.get_running_loop())
+            await server.serve([door])
+
+        thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.01)
         running.append((server, thread, engine))
-        return Live(engine, f"http://127.0.0.1:{door.getsockname()[1]}", metrics)
+        return Live(engine, f"http://127.0.0.1:{door.getsockname()[1]}", metrics, loops.get())
 
     yield begin
     for server, thread, engine in running:

@@ -117,11 +117,6 @@ class Registry:
         """Tells one base from another."""
         return str(self.identity.get("sha256", ""))[:12]
 
-    def known(self, name: str) -> str:
-        """A name for counters: the model's own, or "unknown", so that nobody can make up new ones."""
-        with self._lock:
-            return self.name if name == BASE else name if name in self._entries else "unknown"
-
     @contextmanager
     def using(self, name: str) -> Iterator[Entry]:
         """The model of this name as it is now; it stays until the end, whatever is loaded meanwhile.
