@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tunesmith.errors import AdapterError, GenerationError
-from tunesmith.inference import score_continuations
+from tunesmith.inference import score_continuations, score_pairs
 
 OPTIONS = [
     [[5], [6]],  # labels of one token
@@ -31,6 +31,27 @@ def test_scores_equal_transformers(twins, prompts: list[list[int]], share: bool,
     for prompt, options, got in zip(prompts, OPTIONS, scores, strict=True):
         expected = torch.tensor([theirs(twins.theirs, prompt, tokens) for tokens in options], dtype=torch.float64)
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)  # norms are float32 in both
+
+
+def test_greedy_is_what_the_argmax_of_transformers_says(twins, prompts: list[list[int]]) -> None:
+    pairs = []
+    for prompt in prompts:
+        row = list(prompt)
+        for _ in range(3):
+            row.append(int(twins.theirs(torch.tensor([row])).logits[0, -1].argmax()))
+        likeliest = row[len(prompt) :]
+        pairs += [(prompt, likeliest), (prompt, [*likeliest[:2], (likeliest[2] + 1) % 97]), (prompt, [96, *likeliest])]
+    found = score_pairs(twins.ours, pairs)
+    assert [score.greedy for score in found] == [True, False, False] * len(prompts)
+    for score, (prompt, tokens) in zip(found, pairs, strict=True):
+        assert score.logprob == pytest.approx(theirs(twins.theirs, prompt, tokens), rel=1e-6, abs=1e-6)
+
+
+def test_many_pairs_are_laid_out_in_parts(twins, prompts: list[list[int]], monkeypatch) -> None:
+    pairs = [(prompt, option) for prompt in prompts for option in ([5, 6], [7])]
+    whole = score_pairs(twins.ours, pairs)
+    monkeypatch.setattr("tunesmith.inference.score.PAIRS", 5)
+    assert [s.logprob for s in score_pairs(twins.ours, pairs)] == pytest.approx([s.logprob for s in whole], rel=1e-9)
 
 
 def test_shared_tokens_are_computed_once_and_the_head_only_where_needed(twins, prompts: list[list[int]]) -> None:

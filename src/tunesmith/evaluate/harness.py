@@ -87,7 +87,7 @@ class TunesmithLM(TemplateLM):
         marks = self.subject.tokenizer.fingerprint()["sha256"], self.subject.template.fingerprint()["sha256"]
         return "-".join(mark[:16] for mark in marks)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **ignored: Any) -> list[int]:
         """Ids of a text, special tokens in it included; BOS first where the tokenizer adds it and it is not there."""
         tokenizer = self.subject.tokenizer
         ids = tokenizer.encode(string, special=True)
@@ -95,7 +95,7 @@ class TunesmithLM(TemplateLM):
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **_: Any
+        self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **ignored: Any
     ) -> list[tuple[float, bool]]:
         pairs = [fit((context, continuation), self.max_length) for _, context, continuation in requests]
         subject = self.subject
@@ -217,7 +217,9 @@ class Harness:
 def find_harness(names: Sequence[str], given: Mapping[str, Any]) -> Harness:
     """The library's tasks `names` with these settings. Raises ConfigError for an unknown one."""
     settings: HarnessSettings = validate_section(HarnessSettings, given, "harness")
-    manager = TaskManager(include_path=settings.include)
+    manager = TaskManager(include_path=settings.include, include_defaults=False) if settings.include else None
+    if manager is None or not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=settings.include)  # reads thousands of files
     for name in names:
         if name not in manager.all_tasks:
             raise ConfigError(f"--harness {name}: the library has no such task{did_you_mean(name, manager.all_tasks)}")
