@@ -124,7 +124,7 @@ def test_a_completion_that_ends_the_process_early_has_not_passed(subject, proble
     ],
 )
 def test_the_code_of_a_chat_answer(answer, passes, problems):
-    source = program(problems[0], completion_of(problems[0], answer))
+    source = program(problems[0], completion_of(answer))
     assert humaneval.run_programs([source])[0].passed is passes
 
 

@@ -95,15 +95,13 @@ def program(problem: Problem, completion: str) -> str:
     return f"{problem.prompt}{completion}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
 
 
-def completion_of(problem: Problem, answer: str) -> str:
+def completion_of(answer: str) -> str:
     """What follows the prompt, from a chat answer: its first block of code, or all of it where it has none.
 
-    A block that defines the function again replaces the one that the prompt began.
+    Code that defines the function again replaces the one that the prompt began.
     """
     found = BLOCK.search(answer)
-    code = answer if found is None else found[1]
-    again = re.search(rf"^\s*def\s+{problem.entry_point}\b", code, re.MULTILINE)
-    return f"\n\n{code}" if again else code
+    return f"\n{answer if found is None else found[1]}"
 
 
 def measure(subject: Subject, problems: Sequence[Problem], settings: HumanEvalSettings) -> Result:
@@ -147,7 +145,7 @@ def completions(
         prompts: list[list[int]] = [encode_prompt(row, subject.template, subject.tokenizer) for row in rows]
     else:
         prompts = [plain_prompt(subject.tokenizer, p.prompt) for p in problems]
-    drawn = GenerationSettings(
+    sampling = GenerationSettings(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
@@ -155,11 +153,11 @@ def completions(
         stop=subject.template.stop if settings.template else STOP,
         seed=settings.seed,
     )
-    answers = answers_to(subject, prompts, drawn)
+    answers = answers_to(subject, prompts, sampling)
     n = settings.samples
     texts = [[answer.text for answer in answers[i * n : (i + 1) * n]] for i in range(len(problems))]
     if settings.template:
-        texts = [[completion_of(p, text) for text in of_one] for p, of_one in zip(problems, texts, strict=True)]
+        texts = [[completion_of(text) for text in drawn] for drawn in texts]
     return texts, [answer.finish_reason == "length" for answer in answers]
 
 
