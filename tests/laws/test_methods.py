@@ -11,6 +11,7 @@ from tests.laws.variants import VARIANTS
 
 from tunesmith.adapters import find_method, kinds
 
+NEEDS_LAYERS = {"llama_adapter_v2_image": 2}  # one that sees, one with prompts
 CASES = [Case(find_method(kind), settings) for kind in kinds() for settings in ({}, *VARIANTS.get(kind, []))]
 
 
@@ -32,7 +33,7 @@ def test_law_without_dropout(law, case: Case) -> None:
 
 @pytest.mark.parametrize("kind", kinds())
 def test_compiled_is_eager(kind: str) -> None:
-    laws.compiled_is_eager(Case(find_method(kind)))
+    laws.compiled_is_eager(Case(find_method(kind)), layers=NEEDS_LAYERS.get(kind, 1))
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="NOT TESTED: no C++ compiler here")

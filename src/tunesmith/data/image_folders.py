@@ -19,7 +19,10 @@ EXTENSIONS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"))
 
 
 def is_image_folder(folder: Path, splits: Mapping[str, Sequence[str]]) -> bool:
-    """Does it hold folders of images, by class, or by split and class?"""
+    """Does it hold folders of images, by class, or by split and class, and no file of rows?"""
+    rows = (path.name.split(".")[0].split("-")[0].lower() for path in folder.iterdir() if path.is_file())
+    if any(name in splits["train"] for name in rows):
+        return False
     return any(_images(place) for place in _class_folders(folder, splits)[0].get("train", []))
 
 
@@ -45,17 +48,16 @@ def _class_folders(
     folder: Path, splits: Mapping[str, Sequence[str]]
 ) -> tuple[dict[str, list[Path]], tuple[str, str] | None]:
     """The folders of classes of each split; and two folders that are the same split, if there are."""
-    inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    found: dict[str, list[Path]] = {}
-    chosen: dict[str, str] = {}
-    for split, names in splits.items():
-        for place in inside:
-            if place.name.lower() in names:
-                if split in chosen:
-                    return {}, (chosen[split], place.name)
-                chosen[split] = place.name
-                found[split] = sorted(path for path in place.iterdir() if path.is_dir())
-    return (found if "train" in found else {"train": inside}), None
+    inside = _folders(folder)
+    named = {split: [place for place in inside if place.name.lower() in names] for split, names in splits.items()}
+    doubled = next(((a.name, b.name) for a, b, *_ in (p for p in named.values() if len(p) > 1)), None)
+    found = {split: _folders(places[0]) for split, places in named.items() if places}
+    return (found if "train" in found else {"train": inside}), doubled
+
+
+def _folders(place: Path) -> list[Path]:
+    """Those in it that are not hidden, by name."""
+    return sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _images(place: Path) -> bool:

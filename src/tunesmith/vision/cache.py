@@ -51,7 +51,7 @@ class FeatureCache:
         try:
             # Not of inference mode, whatever the caller is in: the same tensor may be trained with later.
             with torch.inference_mode(False), safe_open(self._file[key], framework="pt") as file:
-                found = file.get_tensor(key)
+                found = file.get_tensor(key).clone()  # not a window into the file, which may go or be cut
         except (OSError, SafetensorError):
             found = None
         if found is None or tuple(found.shape) != self._shape:  # damaged: it is not there
