@@ -24,6 +24,9 @@ Adapters = Annotated[
 Use = Annotated[
     str | None, typer.Option("--use", help="Name of the adapter to use, or base; else the first one given.")
 ]
+Image = Annotated[
+    Path | None, typer.Option("--image", metavar="FILE", help="Image to talk about, for an adapter that looks at them.")
+]
 MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer in tokens.")]
 Temperature = Annotated[float | None, typer.Option("--temperature", help="Above 0 samples; 0 takes the likeliest.")]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Sample among the K likeliest tokens.")]
@@ -45,8 +48,10 @@ def generate(
     use: Use = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="What to answer; may be repeated.")] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="Prompts: a line each, or .jsonl with a prompt a row.")
+        Path | None,
+        typer.Option("--file", "-f", help="Prompts: a line each, or .jsonl with a prompt a row, and perhaps an image."),
     ] = None,
+    image: Image = None,
     system: Annotated[str | None, typer.Option("--system", help="System message, where the template has one.")] = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
@@ -77,16 +82,17 @@ def generate(
         raise GenerationError(f"--stream cannot act with {'--json' if json else '--beams'}; leave one of them out")
     base, adapters = what_to_load(target, model, adapter)
     open_files(method_file)
-    prompts = read_prompts(prompt or [], file)
+    prompts, images = read_prompts(prompt or [], file, image)
     live = not json and (beams or 1) == 1 and (sys.stdout.isatty() if stream is None else stream)
     from tunesmith import api
 
     loaded = api.load(base, dtype=dtype, device=device, adapter=adapters)
     if live:
-        for text in prompts:
-            api.generate(loaded, text, use=use, on_text=_show, **settings)
+        for number, text in enumerate(prompts):
+            api.generate(loaded, text, use=use, on_text=_show, **settings, **given(image=images[number]))
             out()
         return
+    settings |= {"images": images} if any(each is not None for each in images) else {}
     for text, answer in zip(prompts, api.generate_all(loaded, prompts, use=use, **settings), strict=True):
         out(jsonlib.dumps({"prompt": text, **answer}, ensure_ascii=False, default=str) if json else answer["text"])
 
@@ -98,6 +104,7 @@ def chat(
     adapter: Adapters = None,
     use: Use = None,
     system: Annotated[str | None, typer.Option("--system", help="System message, where the template has one.")] = None,
+    image: Image = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -113,7 +120,7 @@ def chat(
     """Talk with a model or an adapter; /help inside lists what can be changed on the way."""
     settings = given(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition_penalty, stop=stop or None, seed=seed, system=system,
+        repetition_penalty=repetition_penalty, stop=stop or None, seed=seed, system=system, image=image,
     )  # fmt: skip
     base, adapters = what_to_load(target, model, adapter)
     open_files(method_file)
@@ -151,28 +158,38 @@ def what_to_load(
     return base, named or None
 
 
-def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
-    """Return the prompts of --prompt and --file, or else stdin as one. Raises DataError, ConfigError."""
-    found = list(prompts)
-    if file is not None:
-        found += _prompts_of(file)
+def read_prompts(
+    prompts: list[str], file: Path | None, image: Path | None = None
+) -> tuple[list[str], list[Path | bytes | None]]:
+    """Return the prompts of --prompt and --file, or else stdin as one, and the image that each is about, or None.
+
+    `image` is that of all that have none of their own. Raises DataError, ConfigError.
+    """
+    found: list[str] = list(prompts)
+    images: list[Path | bytes | None] = [None] * len(found)
+    for text, own in _prompts_of(file) if file is not None else ():
+        found.append(text)
+        images.append(own)
     if not found and file is None:
         if sys.stdin.isatty():
             raise ConfigError("no prompt: give --prompt TEXT, --file PATH, or text on stdin; 'tunesmith chat' talks")
         found = [text] if (text := sys.stdin.read().strip()) else []
     if not found:
         raise DataError(f"{file or 'stdin'}: no prompt in it")
-    return found
+    images += [None] * (len(found) - len(images))
+    return found, [image if own is None else own for own in images]
 
 
-def _prompts_of(file: Path) -> list[str]:
+def _prompts_of(file: Path) -> list[tuple[str, Path | bytes | None]]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read as text ({getattr(error, 'strerror', None) or error})") from None
     if file.suffix != ".jsonl":
-        return [line for line in lines if line.strip()]
-    prompts = []
+        return [(line, None) for line in lines if line.strip()]
+    from tunesmith.data.image_field import from_folder, image_of
+
+    prompts: list[tuple[str, Path | bytes | None]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -183,7 +200,8 @@ def _prompts_of(file: Path) -> list[str]:
         text = row.get("prompt") if isinstance(row, dict) else row
         if not isinstance(text, str):
             raise DataError(f"{file}:{number}: should be a string, or an object with a string 'prompt'")
-        prompts.append(text)
+        own = image_of(row, f"{file}:{number}") if isinstance(row, dict) else None
+        prompts.append((text, from_folder(own, file.parent)))
     return prompts
 
 
