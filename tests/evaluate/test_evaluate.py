@@ -54,7 +54,7 @@ def test_tasks_are_printed_with_intervals(command, tiny_base, questions):
     assert code == 0, err
     lines = out.splitlines()
     assert lines[0].split()[:2] == ["choice", "acc"] and lines[0].endswith("of 5") and "[" in lines[0]
-    assert lines[-1] == "  shots 0, chance 0.5, truncated 0, ece_bins 15"
+    assert lines[-1] == "  shots 0, template no, chance 0.5, truncated 0, ece_bins 15"
 
 
 def test_an_adapter_and_its_base(command, tiny_base, tiny_reviews, questions, tmp_path, in_process):
@@ -117,3 +117,18 @@ def test_labels_of_free_answers():
     assert parse_label("The answer is negative, not positive", labels) is None
     assert parse_label("nonnegative", labels) is None and parse_label("", labels) is None
     assert parse_label("negative or NEGATIVE", labels) == "negative"
+
+
+def test_the_page_names_every_task_metric_and_setting():
+    from tunesmith.config.validate import field_names
+    from tunesmith.evaluate.choice import ChoiceSettings
+    from tunesmith.evaluate.perplexity import PerplexitySettings
+    from tunesmith.evaluate.run import METRICS
+    from tunesmith.evaluate.suite import TASKS
+
+    page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    missing = [name for name in (*TASKS, *METRICS) if f"`{name}`" not in page]
+    missing += [
+        key for kind in (ChoiceSettings, PerplexitySettings) for key in field_names(kind) if f"| `{key}` |" not in page
+    ]
+    assert not missing

@@ -84,8 +84,15 @@ def show_report(report: dict[str, Any]) -> None:
         for name, found in report.get(part, {}).items():
             for figure, measured in found["figures"].items():
                 out(f"{f'{name} {figure}':<40} {show_figure(measured)}")
-            stated = {key: value for key, value in found["stated"].items() if value is not None and value is not False}
-            out(f"  {', '.join(f'{key} {value!r}' for key, value in stated.items())}")
+            said = [f"{key} {show_value(value)}" for key, value in found["stated"].items() if value is not None]
+            out(f"  {', '.join(said)}")
+
+
+def show_value(value: Any) -> str:
+    """Return what was stated of a measurement, in a few characters."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
 def show_figure(figure: dict[str, Any]) -> str:
