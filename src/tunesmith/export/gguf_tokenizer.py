@@ -50,6 +50,9 @@ def tokenizer_fields(tokenizer: Tokenizer, rows: int, chat_template: str | None)
     with tempfile.TemporaryDirectory(prefix="tunesmith-tokenizer-") as name:
         tokenizer.save(Path(name))
         spec = _json(Path(name) / "tokenizer.json")
+        kind = "BPE" if spec is None else spec["model"].get("type")
+        if kind != "BPE":
+            raise TokenizerError(f"{tokenizer.where}: a {kind} tokenizer has no form that llama.cpp reads; export to hf")
         model = Path(name) / "tokenizer.model"
         fields = _from_json(spec, tokenizer) if spec is not None else _from_model(model.read_bytes(), tokenizer)
         notes = [_NFC] if spec is not None and _composes(spec) else []
@@ -110,10 +113,6 @@ def _cutter(spec: dict[str, Any] | None) -> Any:
 def _from_json(spec: dict[str, Any], tokenizer: Tokenizer) -> Iterator[Fields]:
     """Candidates for a tokenizer.json: byte-level BPE by every name, or sentencepiece's with its merges as scores."""
     model = spec["model"]
-    if model.get("type") != "BPE":
-        raise TokenizerError(
-            f"{tokenizer.where}: a {model.get('type')} tokenizer has no form in GGUF that llama.cpp reads; export to hf"
-        )
     merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
     tokens, types = _vocabulary(model["vocab"], spec, tokenizer)
     if model.get("byte_fallback"):

@@ -130,9 +130,8 @@ def _greedy(ask: Callable[[str, Any], Any], request: dict[str, Any], scale: floa
         said = ask("/completion", body)
         steps = said["completion_probabilities"]
         top = [[[item["id"], item["logprob"]] for item in step["top_logprobs"]] for step in steps]
-        ids = said["tokens"]
-        at_end = len(top) - len(ids) == (said["stop_type"] == "eos")  # fewer: tokens that end within a character
-        rows.append({"ids": ids, "top": top[: len(ids)] if at_end else []})
+        whole = len(top) == len(said["tokens"])  # the server leaves out tokens that end within a character
+        rows.append({"ids": said["tokens"], "top": top if whole else []})
     return rows
 
 
