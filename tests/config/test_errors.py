@@ -51,6 +51,15 @@ IN_YAML = {
         "warmup_steps: 3\nwarmup_ratio: 0.1",
         r"train: warmup_steps and warmup_ratio both .* keep one \(config\.yaml line 3; config\.yaml line 4\)",
     ),
+    "neither true nor selective": (
+        "gradient_checkpointing: selectiv",
+        rf"train\.recompute: should be true, false or selective, not 'selectiv' {L3}",
+    ),
+    "unknown optimizer": ("optim: adamw_8bits", rf"train\.optimizer: .*; did you mean 'adamw_8bit'\? {L3}"),
+    "paged and offloaded": (
+        "optim: paged_adamw_32bit\ntrain.offload: cpu",
+        r"train: optimizer pages its states and offload moves them; keep one .*line 3; config\.yaml line 4\)",
+    ),
     "two validation sets": (
         "data.valid: v\nval_set_size: 10",
         r"data: valid and valid_size both .* line 3; .* line 4\)",

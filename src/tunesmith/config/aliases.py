@@ -33,6 +33,7 @@ ALIASES: dict[str, Path] = {
     "train_on_inputs": ("data", "train_on_inputs"),
     "val_set_size": ("data", "valid_size"),
     "gradient_checkpointing": ("train", "recompute"),
+    "optim": ("train", "optimizer"),
     "resume_from_checkpoint": ("train", "resume"),
     "report_to": ("log", "report_to"),
     "seed": ("train", "seed"),

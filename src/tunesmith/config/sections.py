@@ -63,6 +63,21 @@ def _kind(value: Any) -> Any:
     return value if "kind" in value else Located({"kind": "lora", **value}, getattr(value, "origins", None))
 
 
+def _optimizer(value: Any) -> Any:
+    """Other spellings of the same optimizer."""
+    return _SPELLINGS.get(value, value) if isinstance(value, str) else value
+
+
+_SPELLINGS = {"adamw_torch": "adamw", "adamw_bnb_8bit": "adamw_8bit", "paged_adamw_32bit": "paged_adamw"}
+
+
+def _recompute(value: Any) -> Any:
+    """`true`, `false`, or the one word."""
+    if isinstance(value, str) and value != "selective":
+        raise ValueError(f"should be true, false or selective, not {value[:40]!r}")
+    return value
+
+
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Count = Annotated[int, Field(ge=1)]
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_trackers)]
@@ -209,8 +224,22 @@ class TrainSection:
         default="auto",
         description="Element-wise work on a CPU: by kernels that a C++ compiler builds once, or by torch, slower.",
     )
-    recompute: bool = Field(
-        default=False, description="Recompute each block in the backward pass: less memory, more time."
+    optimizer: Annotated[
+        Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"], BeforeValidator(_optimizer)
+    ] = Field(
+        default="adamw",
+        description="AdamW with its states in 32 or in 8 bits, paged to main memory or not (CUDA, by bitsandbytes). "
+        "adamw_torch, adamw_bnb_8bit and paged_adamw_32bit are understood.",
+    )
+    offload: Literal["none", "cpu", "disk"] = Field(
+        default="none",
+        description="Where the optimizer's states lie: with the model, in main memory, or in a file of the run folder "
+        "that is mapped. The result is the same, bit for bit.",
+    )
+    recompute: Annotated[bool | Literal["selective"], BeforeValidator(_recompute)] = Field(
+        default=False,
+        description="Recompute each block in the backward pass: less memory, more time. selective keeps the products "
+        "with the base's weights and recomputes the rest: between the two in both.",
     )
     shuffle: bool = Field(default=True, description="Visit rows in a new random order each epoch.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of initialisation, shuffling and dropout.")
@@ -223,6 +252,12 @@ class TrainSection:
         min_length=1,
         description="Go on from a checkpoint folder; latest (or true) is the last complete one of the run.",
     )
+
+    @model_validator(mode="after")
+    def _moved_once(self) -> Self:
+        if self.optimizer.startswith("paged") and self.offload != "none":
+            raise ValueError("optimizer pages its states and offload moves them; keep one")
+        return self
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:

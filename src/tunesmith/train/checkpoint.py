@@ -30,6 +30,7 @@ from tunesmith.files import (
     is_complete,
     remove_folder,
 )
+from tunesmith.train.adamw import HoldsStates
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +187,8 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Parameter, s
     """
     packed = {}
     known: Mapping[Any, str] = names
-    for parameter, entries in optimizer.state.items():
+    states = optimizer.states() if isinstance(optimizer, HoldsStates) else optimizer.state
+    for parameter, entries in states.items():
         name = known.get(parameter)
         if name is None:
             raise CheckpointError(f"an optimized parameter of shape {tuple(parameter.shape)} has no name to save it by")
@@ -204,25 +206,46 @@ def unpack_optimizer(
 
     Raises CheckpointError, before anything is changed, if a name or a shape does not fit.
     """
-    parameters = {
-        names[parameter]: (parameter, group) for group in optimizer.param_groups for parameter in group["params"]
+    parameters: dict[str, Parameter] = {
+        names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]
     }
-    state: dict[Tensor, dict[str, Tensor]] = {}
+    state: dict[Parameter, dict[str, Tensor]] = {}
     for full, value in tensors.items():
         name, _, key = full.rpartition(".")
         if name not in parameters:
             raise CheckpointError(f"optimizer state {full!r} has no parameter here: resume with the run's own adapter")
-        parameter, group = parameters[name]
-        if value.ndim and value.shape != parameter.shape:
+        parameter = parameters[name]
+        if isinstance(optimizer, HoldsStates):
+            _check_state(full, value, optimizer.layout(parameter).get(key))
+        elif value.ndim and value.shape != parameter.shape:
             raise CheckpointError(
                 f"optimizer state {full!r} has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}: "
                 "resume with the run's own adapter settings"
             )
-        # as torch's own load_state_dict: AdamW counts its steps on the host unless it is fused or captured
-        on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
-        state.setdefault(parameter, {})[key] = value.to("cpu" if on_host else parameter.device, copy=True)
+        state.setdefault(parameter, {})[key] = value
+    if isinstance(optimizer, HoldsStates):
+        optimizer.put(state)
+        return
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     optimizer.state.clear()
-    optimizer.state.update(state)
+    for parameter, entries in state.items():
+        # as torch's own load_state_dict: AdamW counts its steps on the host unless it is fused or captured
+        on_host = not (groups[parameter].get("fused") or groups[parameter].get("capturable"))
+        optimizer.state[parameter] = {
+            key: value.to("cpu" if on_host and key == "step" else parameter.device, copy=True)
+            for key, value in entries.items()
+        }
+
+
+def _check_state(name: str, value: Tensor, expected: tuple[tuple[int, ...], torch.dtype] | None) -> None:
+    """Raise CheckpointError for a state that the optimizer has not, or not so."""
+    found = (tuple(value.shape), value.dtype)
+    if found != expected:
+        own = "has none" if expected is None else f"has {expected[0]}, {expected[1]}"
+        raise CheckpointError(
+            f"optimizer state {name!r} is {found[0]}, {found[1]} where this run's optimizer {own}: "
+            "resume with the run's own adapter settings and train.optimizer"
+        )
 
 
 def _folders(run_folder: str | Path) -> list[tuple[int, Path]]:

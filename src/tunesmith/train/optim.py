@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from tunesmith.config import TrainSection
 from tunesmith.errors import ConfigError, NumericalError, did_you_mean
+from tunesmith.train.adamw import Layout, SlicedAdamW, in_eight_bits, layout_sizes, slice_bytes, state_layout
+from tunesmith.train.offload import aligned, place_for
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +117,48 @@ def check_warmup(warmup_steps: int, total_steps: int) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A `train.optimizer`: are its states 8-bit codes, and are they paged?"""
+
+    eight: bool
+    paged: bool
+
+
+OPTIMIZERS = {
+    "adamw": Kind(eight=False, paged=False),
+    "adamw_8bit": Kind(eight=True, paged=False),
+    "paged_adamw": Kind(eight=False, paged=True),
+    "paged_adamw_8bit": Kind(eight=True, paged=True),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The optimizer and the offload that are used, and a line for each that is not what was asked for."""
+
+    optimizer: str
+    offload: str
+    notes: tuple[str, ...] = ()
+
+
+def choose_optimizer(optimizer: str, offload: str, device: torch.device) -> Choice:
+    """Give what is used on `device` for `train.optimizer` and `train.offload`, and say where it is something else.
+
+    Raises ConfigError for an unknown name.
+    """
+    kind = _kind(optimizer)
+    notes = []
+    missing = None if not kind.paged else _no_paging(device)
+    if missing is not None:
+        asked, optimizer = optimizer, "adamw_8bit" if kind.eight else "adamw"
+        notes.append(f"train.optimizer: {asked}: {missing}; {optimizer} is used, whose states stay where the model is")
+    if offload == "cpu" and device.type == "cpu":
+        offload = "none"
+        notes.append("train.offload: cpu: the model is in main memory, and its optimizer's states are there already")
+    return Choice(optimizer, offload, tuple(notes))
+
+
 def build_optimizer(
     parameters: Mapping[str, Parameter],
     *,
@@ -122,14 +169,97 @@ def build_optimizer(
     lr_scale: Mapping[str, float] | None = None,
     decay_all: bool = False,
     fused: bool | None = None,
-) -> torch.optim.AdamW:
+    optimizer: str = "adamw",
+    offload: str = "none",
+    folder: Path | None = None,
+) -> torch.optim.Optimizer:
     """Give AdamW over named parameters: p <- p - lr k (m / (sqrt(v) + eps) + d p)   (arXiv:1711.05101).
 
     `lr_scale` gives k for names that are not to move at k = 1 (LoRA+'s B). The decay d leaves out vectors, biases and
-    gates unless `decay_all`. Each parameter group carries its `lr_scale` and the `names` in it. Raises ConfigError if
-    there is nothing to train or a scale names no parameter.
+    gates unless `decay_all`. Each parameter group carries its `lr_scale` and the `names` in it. `optimizer`, one of
+    OPTIMIZERS, says how m and v are held, `offload` where: none (with the parameters), cpu or disk, in `folder`.
+    Raises ConfigError if there is nothing to train, a scale names no parameter or a word is unknown, and DiskError
+    where the disk has no room.
     """
-    scales = dict(lr_scale or {})
+    kind = _kind(optimizer)
+    groups = _groups(parameters, learning_rate, weight_decay, dict(lr_scale or {}), decay_all)
+    settings: dict[str, Any] = {"lr": learning_rate, "betas": betas, "eps": eps}
+    if kind.paged:
+        from tunesmith.train.paged import PagedAdamW
+
+        if offload != "none":
+            raise ConfigError(f"train.offload: {offload} moves states that {optimizer} pages already; keep one")
+        return PagedAdamW(groups, eight=kind.eight, **settings)
+    if kind == OPTIMIZERS["adamw"] and offload == "none":
+        return torch.optim.AdamW(groups, fused=fused, **settings)
+    size = sum(aligned(size) for layout in _layouts(parameters, optimizer) for size in layout_sizes(layout))
+    return SlicedAdamW(groups, eight=kind.eight, place=place_for(offload, folder, size), **settings)
+
+
+def optimizer_of(
+    settings: TrainSection,
+    parameters: Mapping[str, Parameter],
+    *,
+    learning_rate: float,
+    lr_scale: Mapping[str, float] | None = None,
+    folder: Path | None = None,
+) -> torch.optim.Optimizer:
+    """Give the optimizer of a run, in which `choose_optimizer` has had its say; `folder` is the run's. See above."""
+    return build_optimizer(
+        parameters,
+        learning_rate=learning_rate,
+        weight_decay=settings.weight_decay,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        lr_scale=lr_scale,
+        optimizer=settings.optimizer,
+        offload=settings.offload,
+        folder=folder,
+    )
+
+
+def state_bytes(parameters: Mapping[str, Tensor], optimizer: str = "adamw") -> int:
+    """Give the bytes of an optimizer's states, wherever they lie: 8 a parameter, or 2.03 in 8 bits (see adamw.py)."""
+    return sum(size for layout in _layouts(parameters, optimizer) for size in layout_sizes(layout))
+
+
+def workspace_bytes(
+    parameters: Mapping[str, Tensor], optimizer: str = "adamw", offload: str = "none", device: str = "cpu"
+) -> int:
+    """Give the most bytes that an optimizer's step holds for a moment, beside parameters, gradients and states."""
+    kind, sizes = _kind(optimizer), [p.numel() * max(4, p.element_size()) for p in parameters.values()]
+    if kind.paged or not sizes:
+        return 0
+    if kind == OPTIMIZERS["adamw"] and offload == "none":
+        return sum(sizes) if device == "cuda" else 2 * max(sizes)  # all at once; one tensor after another
+    return slice_bytes(max(p.numel() for p in parameters.values()), kind.eight, offload != "none", device)
+
+
+def _kind(optimizer: str) -> Kind:
+    if optimizer not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        raise ConfigError(f"train.optimizer: {optimizer!r} is not one of {known}{did_you_mean(optimizer, OPTIMIZERS)}")
+    return OPTIMIZERS[optimizer]
+
+
+def _no_paging(device: torch.device) -> str | None:
+    """Why there is no paging on `device`; None where there is."""
+    if device.type != "cuda":
+        return "a CPU has no GPU memory to page"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "bitsandbytes, which does it, is not installed (pip install bitsandbytes)"
+    return None
+
+
+def _layouts(parameters: Mapping[str, Tensor], optimizer: str) -> list[Layout]:
+    eight = _kind(optimizer).eight
+    return [state_layout(p, eight and in_eight_bits(name, p)) for name, p in parameters.items()]
+
+
+def _groups(
+    parameters: Mapping[str, Parameter], rate: float, decay: float, scales: Mapping[str, float], decay_all: bool
+) -> list[dict[str, Any]]:
+    """Parameter groups by scale and decay. Raises ConfigError."""
     unknown = [name for name in scales if name not in parameters]
     if unknown:
         raise ConfigError(f"learning rate scale for {unknown[0]!r}: no such parameter is trained")
@@ -141,11 +271,10 @@ def build_optimizer(
         group = groups.setdefault((scale, decays), {"params": [], "names": []})
         group["params"].append(parameter)
         group["names"].append(name)
-    settings = [
-        {**group, "lr": learning_rate * scale, "lr_scale": scale, "weight_decay": weight_decay if decays else 0.0}
+    return [
+        {**group, "lr": rate * scale, "lr_scale": scale, "weight_decay": decay if decays else 0.0}
         for (scale, decays), group in groups.items()
     ]
-    return torch.optim.AdamW(settings, lr=learning_rate, betas=betas, eps=eps, fused=fused)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
