@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 380, 260
-LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 40
+LEFT, RIGHT, TOP, BOTTOM = 52, 22, 14, 40
 COLOURS = 8
 MOST_POINTS = 120
 LETTER = 13  # height of a label

@@ -20,7 +20,7 @@ from tunesmith.files import atomic_write_json, sha256_file
 
 FORMAT = 1
 RESULT, OUTCOMES, FAILED = "result.json", "outcomes.json", "failed.json"
-SEALED = ("config.yaml", "metrics.jsonl", "before.json", "verify.json", "adapter/tunesmith.json", OUTCOMES)
+SEALED = ("config.yaml", "metrics.jsonl", "before.json", "verify.json", OUTCOMES)
 
 
 @dataclass(frozen=True)
