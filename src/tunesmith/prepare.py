@@ -21,6 +21,7 @@ from tunesmith.data.segments import Template
 from tunesmith.data.sources import Splits, read_rows, read_splits, split_rows
 from tunesmith.data.templates import get_template
 from tunesmith.errors import ConfigError, DataError
+from tunesmith.evaluate.suite import Asked
 from tunesmith.hardware import recommended_dtype
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.llama import Llama
@@ -68,6 +69,7 @@ class Data:
     valid_rows: tuple[Row, ...]
     labels: tuple[str, ...]
     fingerprint: str
+    general: tuple[Asked, ...] = ()  # sets that are not trained for, measured beside the held-out rows
 
 
 def load_base(section: ModelSection, quant: Spec | None = None) -> Loaded:

@@ -25,6 +25,7 @@ from tunesmith.compare.report import write_report
 from tunesmith.config import Run
 from tunesmith.data.encode import Example, encode_prompt
 from tunesmith.errors import ConfigError
+from tunesmith.evaluate.forgetting import general_metrics, general_sets, with_forgetting
 from tunesmith.evaluate.language_model import language_model_metrics
 from tunesmith.evaluate.run import find_metric, measure
 from tunesmith.evaluate.subject import Subject
@@ -85,9 +86,10 @@ def train_run(run: Run, console: Console, loaded: Loaded | None = None) -> Outco
     if checkpoint is not None:
         run = as_begun(run, folder)
     _check_names(run)
+    general = general_sets(run.evaluate.general, run.evaluate.general_items)
     loaded = base_for(run, folder, loaded, checkpoint is not None)
     loaded.template = template_for(run, loaded.tokenizer)
-    data = load_data(run, loaded.tokenizer, loaded.template)
+    data = replace(load_data(run, loaded.tokenizer, loaded.template), general=general)
     _check_data(run, loaded, data, console)
     adapter = loaded.adapters.get("default") or attach_adapter(run, loaded)
     check_precision(adapter)
@@ -109,7 +111,7 @@ def train_run(run: Run, console: Console, loaded: Loaded | None = None) -> Outco
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(folder / "config.yaml", run.dump_yaml())
     before, shown = _before(run, loaded, data, folder, checkpoint, console)
-    after = _train(run, plan, loaded, adapter, data, folder, checkpoint, console)
+    after = _train(run, plan, loaded, adapter, data, before, folder, checkpoint, console)
     samples = _answers(run, loaded, data, shown, "after")
     save_run_adapter(run, loaded, adapter, data, folder)
     report = verify_run(folder, base=loaded.path)
@@ -143,10 +145,11 @@ def _check_data(run: Run, loaded: Loaded, data: Data, console: Console) -> None:
     for line in check_tokenizer_ids(loaded.tokenizer, config.vocab_size, config.eos_token_ids, config.bos_token_id):
         _say(console, f"tokenizer: {line}")
     show_report(data, console, loaded.model.pattern)
-    asked = {"evaluate.metrics": run.evaluate.metrics, "evaluate.patience": run.evaluate.patience}
+    evaluate = run.evaluate
+    asked = {"metrics": evaluate.metrics, "patience": evaluate.patience, "general": evaluate.general}
     for key, value in asked.items():
         if value and data.valid is None:
-            raise ConfigError(f"{key}: there are no held-out rows to measure on; give data.valid, or data.valid_size")
+            raise ConfigError(f"evaluate.{key}: there are no held-out rows to measure on; give data.valid, or data.valid_size")
 
 
 def _steps(run: Run, adapter: Adapter, data: Data) -> Plan:
@@ -180,6 +183,7 @@ def _train(
     loaded: Loaded,
     adapter: Adapter,
     data: Data,
+    before: Mapping[str, float],
     folder: Path,
     checkpoint: Path | None,
     console: Console,
@@ -214,7 +218,9 @@ def _train(
             plan,
             folder,
             log,
-            evaluator=None if data.valid is None else lambda: _measure(run, loaded, data, step=trainer.progress.step),
+            evaluator=None
+            if data.valid is None
+            else lambda: with_forgetting(_measure(run, loaded, data, step=trainer.progress.step), before),
             best_metric=run.evaluate.best,
             higher_is_better=find_metric(run.evaluate.best).higher_is_better,
             patience=run.evaluate.patience,
@@ -259,7 +265,7 @@ def _measure(
     subject = subject_of(run, loaded, data, adapters)
     measured = measure(subject, list(names))
     if math.isfinite(measured["eval_loss"]):
-        return measured
+        return measured | general_metrics(subject, data.general)
 
     def forward(rows: Sequence[Example]) -> None:
         language_model_metrics(loaded.model, rows, budget=subject.budget, adapters=adapters)

@@ -285,6 +285,12 @@ class EvaluateSection:
     )
     patience: Count | None = Field(default=None, description="Stop after this many evaluations without a better one.")
     rows: Count | None = Field(default=None, description="Use only the first validation rows.")
+    general: Words = Field(
+        default=(),
+        description="Published sets that are not trained for, as NAME=PATH (and NAME.KEY=VALUE), measured with the "
+        "rest: their mean accuracy, and by how much it fell.",
+    )
+    general_items: Count | None = Field(default=None, description="Use only the first items of each of these sets.")
     samples: int = Field(default=3, ge=0, description="Generations shown before and after training.")
 
     @model_validator(mode="after")
