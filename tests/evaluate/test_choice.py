@@ -14,7 +14,7 @@ from tunesmith import api
 from tunesmith.data.templates import get_template
 from tunesmith.errors import ConfigError
 from tunesmith.evaluate.calibration import calibration_error
-from tunesmith.evaluate.choice import ChoiceSettings, Question, encode_pair, measure, question, with_examples
+from tunesmith.evaluate.choice import ChoiceSettings, Question, _result, encode_pair, measure, question, with_examples
 from tunesmith.evaluate.figures import mean, share
 from tunesmith.evaluate.subject import Subject
 
@@ -83,6 +83,13 @@ def test_choices_equal_transformers(subject, theirs):
     assert found.figures["acc.Y"].value == (acc[2] + acc[4]) / 2
     assert found.stated["chance"] == pytest.approx((1 / 3 + 1 / 3 + 1 / 2 + 1 / 2 + 1 / 2) / 5)
     assert found.stated["ece_bins"] == 15 and found.stated["truncated"] == 0
+
+
+def test_lengths_are_characters_and_bytes():
+    one = question("a:1", "Q", ["aaaa", "\u00e9\u00e9\u00e9"], 1)
+    found = _result([one], [torch.tensor([-4.0, -3.6], dtype=torch.float64)], ChoiceSettings(), 0)
+    # -4 and -3.6; -4/4 and -3.6/3; -4/4 and -3.6/6
+    assert [found.figures[name].value for name in ("acc", "acc_norm", "acc_bytes")] == [1, 0, 1]
 
 
 def test_options_of_one_length_need_no_norm(subject):
@@ -165,6 +172,8 @@ def test_calibration_error_by_hand():
     assert calibration_error([0.9, 0.9, 0.6, 0.6], [True, False, True, True]).value == pytest.approx(0.4)
     assert calibration_error([1.0, 0.0], [True, False]).value == 0
     assert calibration_error([0.9, 0.1], [True, False], bins=1).value == pytest.approx(0)
+    # 0.5 ends the first of two bins: (|1 - 0.5| + |0 - 0.6|) / 2
+    assert calibration_error([0.5, 0.6], [True, False], bins=2).value == pytest.approx(0.55)
     draw = np.random.default_rng(0)
     confidence = draw.random(2000)
     right = draw.random(2000) < confidence**2
