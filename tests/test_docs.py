@@ -182,6 +182,7 @@ def test_functions_of_the_walk_exist() -> None:
 def test_examples_load(path: Path) -> None:
     from tunesmith.data.catalog import CATALOG
     from tunesmith.evaluate.run import find_metric
+    from tunesmith.model.shapes import shapes
 
     run, notes = load_run(path)
     assert notes == [] and run.name == path.stem
@@ -189,7 +190,7 @@ def test_examples_load(path: Path) -> None:
     for metric in (*run.evaluate.metrics, run.evaluate.best):
         find_metric(metric)
     for name in (run.model.path, run.data.train):
-        assert name in CATALOG or (ROOT / name).is_file(), f"{path.name}: {name} is nowhere"
+        assert name in CATALOG or name in shapes() or (ROOT / name).is_file(), f"{path.name}: {name} is nowhere"
 
 
 def test_an_example_trains(command, in_process, tiny_base, tmp_path, monkeypatch) -> None:
