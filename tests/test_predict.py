@@ -171,15 +171,29 @@ def test_what_has_changed_is_named_and_refused(run, small_chunks, monkeypatch, t
 
 
 def test_another_adapter_is_refused(run, tmp_path) -> None:
-    before = room._weights(run)
+    before = room._adapter(run)
     file = run / "adapter" / "adapter_model.safetensors"
     data = file.read_bytes()
     try:
         file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        assert room._weights(run) != before
+        assert room._adapter(run) != before
     finally:
         file.write_bytes(data)
-    assert room._weights(run) == before
+    assert room._adapter(run) == before
+
+
+def test_another_base_is_refused(tiny_base, tmp_path) -> None:
+    import shutil
+
+    from tests.tiny import edit_weights
+
+    copy = tmp_path / "base"
+    shutil.copytree(tiny_base, copy)
+    file, out = texts(tmp_path / "texts.jsonl", 2), tmp_path / "labels.jsonl"
+    room.predict(copy, file, out, **TASK)
+    edit_weights(copy, lambda tensors: tensors["model.norm.weight"].mul_(2))
+    with pytest.raises(DataError, match="begun with another base;"):
+        room.predict(copy, file, out, **TASK)
 
 
 def as_csv(path: Path, rows: list[dict]) -> Path:

@@ -52,9 +52,9 @@ def predict(
         raise ConfigError(f"--min-probability {min_probability}: should be from 0 to 1")
     names, instruction, usual = _task(Path(target), names, instruction)
     texts = scan_texts(file, column)
-    labeller = _labeller(target, base, names, instruction, cutoff, usual)
+    labeller, weights = _labeller(target, base, names, instruction, cutoff, usual)
     source = {
-        "file": sha256_file(file), "column": column, "rows": texts.rows, **_weights(Path(target)), "base": base,
+        "file": sha256_file(file), "column": column, "rows": texts.rows, **_adapter(Path(target)), "base": weights,
         "labels": list(labeller.labels), "instruction": instruction, "cutoff": labeller.limit,
         "template": labeller.template.fingerprint()["sha256"], "dtype": str(labeller.model.dtype),
         "min_probability": min_probability, "tunesmith": __version__,
@@ -143,26 +143,23 @@ def _trained_on(run: Run) -> tuple[tuple[str, ...], str]:
 
 def _labeller(
     target: str | Path, base: str | None, names: Sequence[str], instruction: str, cutoff: int | None, usual: int | None
-) -> Labeller:
-    """The model as it was trained, ready to label; texts are cut at `cutoff` or where the model's context ends."""
+) -> tuple[Labeller, str]:
+    """The model as it was trained, ready to label, and the hash of its base.
+
+    Texts are cut at `cutoff`, or where the model's context ends.
+    """
     loaded = api.load(base, adapter=target) if adapter_folder(Path(target)) is not None else api.load(target)
     template, adapters = api.acting(loaded)
     limits = [limit for limit in (cutoff, context_limit(loaded.model.config)) if limit is not None]
-    return Labeller(
-        loaded.model,
-        loaded.tokenizer,
-        template,
-        tuple(names),
-        instruction,
-        adapters,
-        min(limits, default=usual or CUTOFF),
-    )
+    limit = min(limits, default=usual or CUTOFF)
+    labeller = Labeller(loaded.model, loaded.tokenizer, template, tuple(names), instruction, adapters, limit)
+    return labeller, str(loaded.identity["sha256"])
 
 
-def _weights(target: Path) -> dict[str, Any]:
-    """Hashes of the adapter's files; for a bare model, its name."""
+def _adapter(target: Path) -> dict[str, Any]:
+    """Hashes of the adapter's files; nothing for a bare model."""
     folder = adapter_folder(target)
     if folder is None:
-        return {"model": str(target)}
+        return {}
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
     return {"adapter": {path.name: sha256_file(path) for path in files}}
