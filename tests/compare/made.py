@@ -10,7 +10,7 @@ from typing import Any
 from tunesmith.compare.grid import Cell, Grid, expand
 from tunesmith.compare.read import folder_of
 from tunesmith.compare.record import Failure, Measured, Result, write_failure, write_result
-from tunesmith.config.grid import read_grid
+from tunesmith.config.grid_file import read_grid
 from tunesmith.evaluate.outcomes import Outcomes
 
 INPUTS = {"d": "0"}

@@ -1,4 +1,4 @@
-"""`tunesmith compare`, whole, on a model of two layers: real cells, in this process unless a test is about processes."""
+"""`tunesmith compare`, whole, on a model of two layers: real cells, in this process where processes do not matter."""
 
 from __future__ import annotations
 
@@ -189,9 +189,15 @@ def test_bad_input_is_one_line(command, grid):
 def test_killed_at_any_moment_the_same_command_goes_on(grid, command, in_process):
     """The parent is killed: its cell ends with it, and the next start goes on from the cell's checkpoint."""
     out = grid.parent / "out"
-    words = [sys.executable, "-m", "tunesmith", "compare", str(grid), "--out", str(out), "baseline=false", "methods=[bitfit]",
-             "budget.examples=1600", "base.evaluate.every_steps=100"]  # fmt: skip
-    parent = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stderr=subprocess.DEVNULL)
+    words = (
+        "baseline=false",
+        "methods=[bitfit]",
+        "budget.examples=1600",
+        "base.evaluate.every_steps=100",
+        "base.train.save_steps=20",
+    )
+    program = [sys.executable, "-m", "tunesmith", "compare", str(grid), "--out", str(out), *words]
+    parent = subprocess.Popen(program, env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
         while not list(out.glob("cells/bitfit*/checkpoint-*/COMPLETE")) and time.monotonic() < deadline:
@@ -205,8 +211,6 @@ def test_killed_at_any_moment_the_same_command_goes_on(grid, command, in_process
     assert children and not alive
     (folder,) = out.glob("cells/bitfit*")
     assert not (folder / "result.json").exists()
-    _, err = compare(
-        command, grid, "baseline=false", "methods=[bitfit]", "budget.examples=1600", "base.evaluate.every_steps=100"
-    )
+    _, err = compare(command, grid, *words)
     assert "resumed from" in err
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == list(range(1, 201))

@@ -140,24 +140,50 @@ MISTAKES = {
     "budget: {}": "budget: give one or more of examples, tokens, seconds, memory",
     "budget: {examples: 0}": "budget.examples: should be greater than or equal to 1, not 0 (grid.yaml line 2)",
     "budget: {examples: 9}\nbugdet: 3": "bugdet: unknown key (grid.yaml line 3); did you mean 'budget'?",
-    "budget: {examples: 9}\nmethods: []": "methods: should be a list of adapters, such as [lora, full] (grid.yaml line 3)",
-    "budget: {examples: 9}\nmethods: [loar]": "methods: loar: adapter.kind: there is no method 'loar'; did you mean 'lora'?",
-    "budget: {examples: 9}\nmethods:\n  - {kind: lora,\n     rnk: 3}": "methods: lora: adapter.rnk: unknown key (grid.yaml line 5); did you mean 'rank'?",
+    "budget: {examples: 9}\nmethods: []": (
+        "methods: should be a list of adapters, such as [lora, full] (grid.yaml line 3)"
+    ),
+    "budget: {examples: 9}\nmethods: [loar]": (
+        "methods: loar: adapter.kind: there is no method 'loar'; did you mean 'lora'?"
+    ),
+    "budget: {examples: 9}\nmethods:\n  - {kind: lora,\n     rnk: 3}": (
+        "methods: lora: adapter.rnk: unknown key (grid.yaml line 5); did you mean 'rank'?"
+    ),
     "budget: {examples: 9}\nmethods: [lora, lora]": "methods: two are called 'lora' (grid.yaml line 3)",
-    "budget: {examples: 9}\nmethods: [prompt]\naxes: {adapter.rank: [1]}": "methods: prompt: adapter.rank: unknown key (grid.yaml line 4)",
-    "budget: {examples: 9}\naxes: {train.bach_size: [1]}": "train.bach_size: unknown key (grid.yaml line 3); did you mean 'batch_size'?",
-    "budget: {examples: 9}\naxes: {adapter.rank: 3}": "axes.adapter.rank: should be a list of values, such as [1, 2], not 3 (grid.yaml line 3)",
+    "budget: {examples: 9}\nmethods: [prompt]\naxes: {adapter.rank: [1]}": (
+        "methods: prompt: adapter.rank: unknown key (grid.yaml line 4)"
+    ),
+    "budget: {examples: 9}\naxes: {train.bach_size: [1]}": (
+        "train.bach_size: unknown key (grid.yaml line 3); did you mean 'batch_size'?"
+    ),
+    "budget: {examples: 9}\naxes: {adapter.rank: 3}": (
+        "axes.adapter.rank: should be a list of values, such as [1, 2], not 3 (grid.yaml line 3)"
+    ),
     "budget: {examples: 9}\naxes: {adapter.rank: [3, 3]}": "axes.adapter.rank: 3 is there twice (grid.yaml line 3)",
-    "budget: {examples: 9}\naxes: {train.seed: [3]}": "axes: write seeds: [0, 1], not an axis of seeds (grid.yaml line 3)",
-    "budget: {examples: 9}\nsizes: [1]\naxes: {data.limit: [3]}": "sizes: is axes.data.limit, which is given too (grid.yaml line 3); keep one",
+    "budget: {examples: 9}\naxes: {train.seed: [3]}": (
+        "axes: write seeds: [0, 1], not an axis of seeds (grid.yaml line 3)"
+    ),
+    "budget: {examples: 9}\nsizes: [1]\naxes: {data.limit: [3]}": (
+        "sizes: is axes.data.limit, which is given too (grid.yaml line 3); keep one"
+    ),
     "budget: {examples: 9}\nseeds: [x]": "seeds: should be whole numbers from 0 on, not ['x'] (grid.yaml line 3)",
-    "budget: {examples: 9}\nsearch: {rates: 1}": "search.rates: should be greater than or equal to 2, not 1 (grid.yaml line 3)",
+    "budget: {examples: 9}\nsearch: {rates: 1}": (
+        "search.rates: should be greater than or equal to 2, not 1 (grid.yaml line 3)"
+    ),
     "budget: {examples: 9}\nsearch: {metric: accuracy}": "search.metric: 'accuracy' is not measured during training",
-    "budget: {examples: 9}\nsearch: {}\naxes: {train.learning_rate: [1.0]}": "search: learning rates are an axis of the grid already",
+    "budget: {examples: 9}\nsearch: {}\naxes: {train.learning_rate: [1.0]}": (
+        "search: learning rates are an axis of the grid already"
+    ),
     "budget: {examples: 3}\nsearch: {rates: 3}": "budget.examples: 3 leaves nothing for a trial rate of the search",
-    "budget: {examples: 9}\nmeasure: {metrics: [acuracy]}": "measure.metrics: there is no metric 'acuracy'; did you mean 'accuracy'?",
-    "budget: {examples: 9}\nmeasure: {tasks: [{task: hellaswga, data: x}]}": "measure.task: there is no task 'hellaswga'",
-    "budget: {examples: 9}\nmeasure: {tasks: [{task: hellaswag}]}": "measure.tasks.0: data: say where the task's rows are",
+    "budget: {examples: 9}\nmeasure: {metrics: [acuracy]}": (
+        "measure.metrics: there is no metric 'acuracy'; did you mean 'accuracy'?"
+    ),
+    "budget: {examples: 9}\nmeasure: {tasks: [{task: hellaswga, data: x}]}": (
+        "measure.task: there is no task 'hellaswga'"
+    ),
+    "budget: {examples: 9}\nmeasure: {tasks: [{task: hellaswag}]}": (
+        "measure.tasks.0: data: say where the task's rows are"
+    ),
     "budget: {examples: 9}\nmeasure: {rows: 3}": "measure: give either a task, or metrics",
     "budget: {examples: 9}\nmeasure: {row: 3}": "measure.row: unknown key (grid.yaml line 3); did you mean 'rows'?",
     "budget: {examples: 9}\nbase.x: 1": "base.x: unknown key (grid.yaml line 3)",

@@ -57,6 +57,10 @@ def edit_json(name, change):
     return edit(name, of)
 
 
+def to_nan(found):
+    found["figures"]["accuracy"]["value"] = float("nan")
+
+
 def of_adapter(folder):
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
@@ -72,7 +76,7 @@ DAMAGE = {
     "another format": (edit_json("result.json", lambda f: f.update(format=9)), "another format"),
     "a key is missing": (edit_json("result.json", lambda f: f.pop("figures")), "keys are missing"),
     "a figure is text": (edit_json("result.json", lambda f: f["figures"]["accuracy"].update(value="x")), "wrong type"),
-    "a figure is nan": (edit_json("result.json", lambda f: f["figures"]["accuracy"].update(value=float("nan"))), "wrong type"),
+    "a figure is nan": (edit_json("result.json", to_nan), "wrong type"),
     "a figure was raised": (
         edit_json("result.json", lambda f: f["figures"]["accuracy"].update(value=0.99)),
         "the rows of accuracy do not make its figure",

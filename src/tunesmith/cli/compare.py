@@ -94,7 +94,7 @@ def _read(path: Path, overrides: list[str]) -> tuple[Grid, tuple[str, ...]]:
     from tunesmith.adapters import open_named
     from tunesmith.adapters.outside import is_file, kinds_in, opened_files
     from tunesmith.compare.grid import expand
-    from tunesmith.config.grid import read_grid
+    from tunesmith.config.grid_file import read_grid
 
     spec = read_grid(path, overrides)
     opened: dict[str, str] = {}

@@ -94,9 +94,9 @@ class Grid:
 
     def paths(self) -> list[str]:
         """The names of all data that cells train on or are measured on."""
-        named = [(c.run.data.train, c.run.data.valid) for c in self.cells]
+        named = [name for cell in self.cells for name in (cell.run.data.train, cell.run.data.valid)]
         sets = (*self.spec.measure.sets, *self.spec.measure.forgetting)
-        return sorted({path for pair in [*named, tuple(s.data for s in sets)] for path in pair if path is not None})
+        return sorted({name for name in (*named, *(one.data for one in sets)) if name is not None})
 
 
 def expand(spec: GridSpec, opened: Mapping[str, str] | None = None) -> Grid:
@@ -222,7 +222,8 @@ def _run(
         find_metric(metric)
     if run.train.resume is not None:
         raise ConfigError("train.resume: a comparison goes on by itself; take it out of the grid")
-    return replace(run, adapter=dict(adapter)), notes
+    data = replace(run.data, train=spec.placed(run.data.train) or "", valid=spec.placed(run.data.valid))
+    return replace(run, adapter=dict(adapter), data=data), notes
 
 
 def _cell(spec: GridSpec, method: str, point: Mapping[str, Any], line: str, run: Run) -> Cell:

@@ -7,13 +7,10 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any
 
 from tunesmith.compare.record import Measured
-from tunesmith.config import DataSection, Run, validate_section
+from tunesmith.config import DataSection, Run
 from tunesmith.config.grid import Measure, MeasuredSet
-from tunesmith.data.catalog import resolve_data
 from tunesmith.data.encode import encode_rows
 from tunesmith.data.schemas import Row, labels
 from tunesmith.data.segments import Template
@@ -23,7 +20,7 @@ from tunesmith.evaluate.held_out import read_split
 from tunesmith.evaluate.outcomes import OUTCOMES, Outcomes
 from tunesmith.evaluate.run import find_metric, measure
 from tunesmith.evaluate.subject import Subject
-from tunesmith.evaluate.suite import find_task
+from tunesmith.evaluate.suite import read_tasks, run_tasks
 from tunesmith.model.llama import Llama
 from tunesmith.tokenizer import Tokenizer
 
@@ -102,11 +99,11 @@ def _on_rows(asked: MeasuredSet, subject: Subject) -> Found:
 
 def _on_task(asked: MeasuredSet, subject: Subject) -> tuple[dict[str, Measured], dict[str, Outcomes], list[str]]:
     """A published task with its own settings."""
-    task = find_task(str(asked.task), "measure.task")
-    settings: Any = validate_section(task.settings, asked.settings, f"measure.{asked.called}.settings")
-    items = list(islice(task.read(resolve_data(str(asked.data)), settings), asked.rows))
-    result = task.measure(subject, items, settings)
-    of_items = _hash([asked.task, asked.data, dict(asked.settings), len(items)])
+    name = str(asked.task)
+    read = read_tasks([f"{name}={asked.data}"], {name: asked.settings}, asked.rows)
+    (found,) = run_tasks(subject, read, lambda line: None)
+    result = found.result
+    of_items = _hash([name, asked.data, dict(asked.settings), len(found.asked.items)])
     figures = {
         _named(asked, name): Measured(
             figure.value, figure.count, figure.higher_is_better, asked.called, of_items, figure.interval
