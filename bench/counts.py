@@ -58,6 +58,9 @@ QV = "target_modules=[q_proj,v_proj]"
 LORA, ADAPTER, V2, REFT = "arXiv:2106.09685", "arXiv:2303.16199", "arXiv:2304.15010", "arXiv:2404.03592"
 GPT3 = f"{LORA}, table 4 and appendix D"
 L, F, D = 32, 11008, 4096  # of LLaMA-7B
+LITE = 24 + 40 + 112 + 1280  # features of EfficientNet-Lite0 at four scales
+W = 768  # of the published transformer over visual tokens
+CLIP, IMAGE = "encoder=openai/clip-vit-large-patch14", "409,920 for ten layers, and d (1,456 + 1) for the projection"
 
 ROWS = [
     Row("llama-7b", "lora", f"rank=8 {QV}", L * 8 * 2 * (D + D), f"{LORA}: sum of r (in + out)"),
@@ -99,6 +102,19 @@ ROWS = [
     Row("smollm2-135m", "llama_adapter", "", 161_532, "28 (10 d + heads)"),
     Row("smollm2-135m", "llama_adapter", "gate=scalar", 161_308, "28 (10 d + 1)"),
     Row("llama-7b", "llama_adapter_v2", "", 4_279_744, f"{V2}: v1, the norms, a scale and a bias on every linear"),
+    *(
+        Row("llama-7b", "llama_adapter_image", f"layers={n}", n * 40_992 + D * (LITE + 1), f"{ADAPTER}: {IMAGE}")
+        for n in (10, 20, 30)
+    ),
+    Row("llama-7b", "llama_adapter_image", CLIP, 1_229_760 + D * (4 * 1024 + 1), "four scales of CLIP ViT-L/14"),
+    Row(
+        "llama-7b",
+        "llama_adapter_v2_image",
+        f"{CLIP} vision_width=768 vision_depth=8 vision_heads=16",
+        4_279_744 + 2 * 32 + 8 * 12 * (W * W + W) + W * (1024 + 1) + 12 * W + D * (W + 3),
+        f"{V2}: v2, two gated layers, 8 blocks of 12 (w^2 + w), w = 768, 10 queries, both ends",
+    ),
+    Row("llama-7b", "image_projection", CLIP, D * (1024 + 1), "arXiv:2304.08485: one matrix and a bias"),
 ]
 
 # The table of GPT-3's adaptation in the LoRA paper (d = 12,288, 96 layers), on a LLaMA of that width and depth.
