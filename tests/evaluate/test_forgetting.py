@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 from tests.tiny import reviews, run_it, write_rows
 
 from tunesmith import api
 from tunesmith.evaluate.figures import mean, share
-from tunesmith.evaluate.forgetting import change_of, forgetting, with_forgetting
+from tunesmith.evaluate.forgetting import change_of, forgetting, paired_interval, with_forgetting
 from tunesmith.evaluate.tasks import Result
 from tunesmith.forgetting import forgetting as measure
 from tunesmith.train.log import read_metrics
@@ -30,14 +31,27 @@ def loss(value: float) -> Result:
     return Result({"perplexity": mean([value], higher_is_better=False)}, {"window": 8})
 
 
-def test_the_change_of_a_task_is_the_mean_of_paired_differences():
+def test_the_change_of_a_task_is_paired():
     found = change_of(hits(1, 1, 1, 0), hits(1, 0, 0, 1))
     assert (found.before, found.after, found.change) == (0.75, 0.5, -0.25)
-    differences = [0, -1, -1, 1]
-    spread = sum((d + 0.25) ** 2 for d in differences) / 3
-    half = 1.959964 * math.sqrt(spread / 4)
-    assert found.interval == pytest.approx((-0.25 - half, -0.25 + half))
+    # b = 2 lost, c = 1 gained, of 4: by hand (1.5 - 2.5) / 6 +- z sqrt(4 - 1/6) / 6
+    half = 1.959964 * math.sqrt(4 - 1 / 6) / 6
+    assert found.interval == pytest.approx((-1 / 6 - half, -1 / 6 + half))
+    nothing = change_of(hits(*[1, 0] * 20), hits(*[1, 0] * 20)).interval
+    assert nothing == pytest.approx((-1.959964 / 42, 1.959964 / 42)), "40 items do not prove that nothing changed"
     assert change_of(loss(10.0), loss(12.0)).interval is None
+    assert paired_interval([1.0, 2.0, 4.0], [2.0, 4.0, 7.0]) == pytest.approx((2 - 1.1316, 2 + 1.1316), abs=1e-3)
+
+
+def test_the_interval_covers_what_it_says():
+    draw = np.random.default_rng(0)
+    for lost, gained, count in ((0.1, 0.05, 60), (0.02, 0.02, 100), (0.3, 0.1, 30)):
+        drawn = draw.multinomial(count, [lost, gained, 1 - lost - gained], size=400)
+        inside = 0
+        for b, c, same in drawn:
+            low, high = paired_interval([1.0] * b + [0.0] * c + [1.0] * same, [0.0] * b + [1.0] * c + [1.0] * same)
+            inside += low <= gained - lost <= high
+        assert inside / 400 > 0.92
 
 
 def test_forgotten_is_the_mean_over_general_tasks():
@@ -47,8 +61,9 @@ def test_forgotten_is_the_mean_over_general_tasks():
     general = report["general"]
     assert general["tasks"] == ["a", "b"], "it names which"
     assert (general["before"], general["after"], general["forgotten"]) == (0.75, 0.75, 0.0)
-    halves = [(c.interval[1] - c.interval[0]) / 2 for c in (change_of(before[n], after[n]) for n in "ab")]
-    assert general["interval"] == pytest.approx([-math.hypot(*halves) / 2, math.hypot(*halves) / 2])
+    ends = [change_of(before[name], after[name]).interval for name in "ab"]
+    middle, half = -sum(map(sum, ends)) / 4, math.hypot(*((high - low) / 2 for low, high in ends)) / 2
+    assert general["interval"] == pytest.approx([middle - half, middle + half])
     assert list(report["general_text"]) == ["text"] and report["general_text"]["text"]["change"] == 2.0
     assert list(report["target"]) == ["target"] and report["target"]["target"]["change"] == 0.5
     assert "general" not in forgetting(before, after, ["text"])

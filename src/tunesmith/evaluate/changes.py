@@ -159,8 +159,10 @@ def _row(one: Changed, against_weights: bool) -> dict[str, Any]:
     if against_weights and rank:
         # as many directions as a low-rank change has; of a full one, those that hold most of it
         r = rank if isinstance(one.change, Product) else row["rank90"]
-        row["amplification"] = asdict(amplification(one.change, one.weight, r))
-        row["shift"] = shift(one.weight, one.weight.double() + _dense(one.change))
+        wide = one.weight.double()
+        own = torch.linalg.svdvals(wide)
+        row["amplification"] = asdict(amplification(one.change, wide, r, own))
+        row["shift"] = shift(own, torch.linalg.svdvals(wide + _dense(one.change)))
     return row
 
 

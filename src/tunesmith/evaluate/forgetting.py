@@ -3,7 +3,10 @@
     forgotten = mean over general tasks of (accuracy before - accuracy after)                   (arXiv:2405.09673)
 
 Tasks whose main figure is an accuracy make that mean; those where less is better, as perplexity, stand by themselves.
-Both sides answer the same items, so the interval of a change is that of the mean of paired differences.
+Both sides answer the same items, so the interval of a change is that of a mean of paired differences d:
+
+    m +- z s / sqrt(n);  of right and wrong answers (Agresti and Min 2005), where b items were lost and c gained:
+    (c - b) / N +- z sqrt(b + c - (c - b)^2 / N) / N,  1/2 added to b and c, 2 to N:  not 0 wide where nothing changed
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tunesmith.errors import ConfigError
-from tunesmith.evaluate.figures import Figure, mean
+from tunesmith.evaluate.figures import Figure, Z, mean
 from tunesmith.evaluate.subject import Subject
 from tunesmith.evaluate.suite import Asked, parse_settings, read_tasks, run_tasks
 from tunesmith.evaluate.tasks import Result
@@ -83,7 +86,7 @@ def change_of(before: Result, after: Result) -> Change:
     now = after.figures[name]
     interval = None
     if name in before.each and name in after.each:
-        interval = mean(_differences(before.each[name], after.each[name])).interval
+        interval = paired_interval(before.each[name], after.each[name])
     return Change(name, figure.value, now.value, now.value - figure.value, interval, figure.higher_is_better)
 
 
@@ -102,13 +105,21 @@ def _others(before: Result, after: Result) -> dict[str, Any]:
 def _together(names: Sequence[str], changes: Mapping[str, Change]) -> dict[str, Any]:
     """The mean over tasks, each counting alike; its variance is the sum of theirs over the square of their number."""
     before, after = (sum(getattr(changes[n], side) for n in names) / len(names) for side in ("before", "after"))
-    halves = [(c.interval[1] - c.interval[0]) / 2 for n in names if (c := changes[n]).interval is not None]
     forgotten, interval = before - after, None
-    if len(halves) == len(names):
-        half = math.sqrt(math.fsum(half * half for half in halves)) / len(names)
-        interval = [forgotten - half, forgotten + half]
+    ends = [interval for n in names if (interval := changes[n].interval) is not None]
+    if len(ends) == len(names):
+        middle = -math.fsum(low + high for low, high in ends) / 2 / len(names)
+        half = math.hypot(*((high - low) / 2 for low, high in ends)) / len(names)
+        interval = [middle - half, middle + half]
     return {"tasks": list(names), "before": before, "after": after, "forgotten": forgotten, "interval": interval}
 
 
-def _differences(before: Sequence[float], after: Sequence[float]) -> list[float]:
-    return [b - a for a, b in zip(before, after, strict=True)]
+def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float] | None:
+    """The 95% interval of the mean of after - before; None for a single item that is not right or wrong."""
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    if not {*before, *after} <= {0.0, 1.0}:
+        return mean(differences).interval
+    lost, gained, count = differences.count(-1) + 0.5, differences.count(1) + 0.5, len(differences) + 2
+    middle = (gained - lost) / count
+    half = Z * math.sqrt(lost + gained - (gained - lost) ** 2 / count) / count
+    return max(-1.0, middle - half), min(1.0, middle + half)

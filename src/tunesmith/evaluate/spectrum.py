@@ -143,10 +143,14 @@ class Amplification:
     at_random: float
 
 
-def amplification(change: Change, weight: Tensor, directions: int) -> Amplification:
-    """Hold the change of W, (out, in), against W in the change's own `directions` (at least 1)."""
+def amplification(change: Change, weight: Tensor, directions: int, values: Tensor | None = None) -> Amplification:
+    """Hold the change of W, (out, in), against W in the change's own `directions` (at least 1).
+
+    `values`: the singular values of W, where they are known.
+    """
     U, S, V = change.svd()
     W = weight.double()
+    own = torch.linalg.svdvals(W) if values is None else values
     r = min(directions, len(S))
     projected = float(torch.linalg.matrix_norm(U[:, :r].T @ W @ V[:, :r]))
     size = float(torch.linalg.vector_norm(S))
@@ -155,12 +159,11 @@ def amplification(change: Change, weight: Tensor, directions: int) -> Amplificat
         factor=size / projected if projected else float("inf"),
         change=size,
         of_change=projected,
-        of_weight=float(torch.linalg.vector_norm(torch.linalg.svdvals(W)[:r])),
+        of_weight=float(torch.linalg.vector_norm(own[:r])),
         at_random=r * float(torch.linalg.matrix_norm(W)) / (W.shape[0] * W.shape[1]) ** 0.5,
     )
 
 
-def shift(weight: Tensor, changed: Tensor) -> float:
-    """mean_i |s_i(W + D) - s_i(W)|: how far the spectrum itself moved."""
-    moved = torch.linalg.svdvals(changed.double()) - torch.linalg.svdvals(weight.double())
-    return float(moved.abs().mean())
+def shift(before: Tensor, after: Tensor) -> float:
+    """mean_i |s_i(W + D) - s_i(W)| of singular values: how far the spectrum itself moved."""
+    return float((after - before).abs().mean())
