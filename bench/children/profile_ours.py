@@ -74,7 +74,8 @@ def build(wanted: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
     from torch.profiler import record_function
 
     from tunesmith.config import load_run
-    from tunesmith.prepare import attach_adapter, load_base, load_data, memory_job, template_for
+    from tunesmith.footprint import chosen, work_of
+    from tunesmith.prepare import attach_adapter, load_base, load_data, template_for
     from tunesmith.train.loop import Trainer, make_plan
 
     class Marked(Trainer):
@@ -106,10 +107,10 @@ def build(wanted: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
     loaded.template = template_for(run, loaded.tokenizer)
     data = load_data(run, loaded.tokenizer, loaded.template)
     adapter = attach_adapter(run, loaded)
-    job, _ = memory_job(run, loaded.model, adapter, data)
+    choice = chosen(work_of(run, data.train.examples, loaded.tokenizer.encode, loaded.path))
     plan = make_plan(
-        run.train, len(data.train.examples), learning_rate=run.train.learning_rate or 1e-4, pack_tokens=job.pack_tokens,
-        dropout=False, eval_steps=None,
+        run.train, len(data.train.examples), learning_rate=run.train.learning_rate or 1e-4,
+        pack_tokens=choice.pack_tokens, dropout=False, eval_steps=None,
     )  # fmt: skip
     trainer = Marked(loaded.model, adapter, data.train.examples, run.train, plan, Path(wanted["out"]), Silent())
     loaded.model.train()

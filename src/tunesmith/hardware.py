@@ -24,6 +24,7 @@ _SETTINGS = (
     *("TUNESMITH_HOME", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"),
     *("WANDB_MODE", "WANDB_PROJECT"),
 )
+_TAKEN = {"VmData": "RLIMIT_DATA", "VmSize": "RLIMIT_AS"}  # lines of /proc/self/status, and what limits them
 _USER = re.compile(r"//[^/@]*@")  # user and password of an address
 _AMPERE = (8, 0)  # the first CUDA capability that computes bfloat16; below it (V100, T4) PyTorch only emulates it
 
@@ -56,16 +57,36 @@ def share_cores() -> None:
 
 
 def memory() -> tuple[int, int]:
-    """Main memory in bytes, (total, available), bounded by the control group's limit."""
+    """Main memory in bytes, (total, available), bounded by the control group's limit and this process's own."""
     import psutil
 
     found = psutil.virtual_memory()
+    total, available = _of_group(found.total, found.available)
+    for limit, taken in _of_process():
+        total, available = min(total, limit), max(0, min(available, limit - taken))
+    return total, available
+
+
+def _of_group(total: int, available: int) -> tuple[int, int]:
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
         used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
     except (OSError, ValueError):
-        return found.total, found.available
-    return min(found.total, limit), max(0, min(found.available, limit - used))
+        return total, available
+    return min(total, limit), max(0, min(available, limit - used))
+
+
+def _of_process() -> list[tuple[int, int]]:
+    """This process's limits on its memory (RLIMIT_DATA, RLIMIT_AS), each with what it has taken of it, in bytes."""
+    try:
+        import resource
+
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        sizes = {name: int(rest.split()[0]) << 10 for name, rest in (s.split(":") for s in lines) if name in _TAKEN}
+        found = [(resource.getrlimit(getattr(resource, limit))[0], sizes[name]) for name, limit in _TAKEN.items()]
+        return [(limit, taken) for limit, taken in found if limit != resource.RLIM_INFINITY]
+    except (ImportError, OSError, KeyError, ValueError):
+        return []
 
 
 @cache

@@ -16,6 +16,7 @@ from tunesmith.adapters import Adapter, attach, find_method
 from tunesmith.config import ModelSection, Run, validate_section
 from tunesmith.data.catalog import resolve_data, resolve_model
 from tunesmith.data.encode import EncodedSet, encode_rows
+from tunesmith.data.report import content
 from tunesmith.data.schemas import Row, labels
 from tunesmith.data.segments import Template
 from tunesmith.data.sources import Splits, read_rows, read_splits, split_rows
@@ -26,20 +27,13 @@ from tunesmith.hardware import recommended_dtype
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.llama import Llama
 from tunesmith.model.load import load_config, load_model, model_identity
-from tunesmith.model.native import built
-from tunesmith.model.quantize import spec_of, weight_bytes
+from tunesmith.model.quantize import spec_of
 from tunesmith.model.sparse import Pattern, pattern_of, said
 from tunesmith.quant.storage import Spec
 from tunesmith.scratch import describe, is_random, write_base
 from tunesmith.tokenizer import Tokenizer, check_fits, load_tokenizer
-from tunesmith.train.memory import (
-    LINEARS,
-    Job,
-    check_pack_fits,
-    check_weights_fit,
-    choose_pack_tokens,
-    usable_memory,
-)
+from tunesmith.train.memory import check_weights_fit
+from tunesmith.vision.open import open_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,6 +63,7 @@ class Data:
     valid_rows: tuple[Row, ...]
     labels: tuple[str, ...]
     fingerprint: str
+    images: int = 0  # training rows with an image
     general: tuple[Asked, ...] = ()  # sets that are not trained for, measured beside the held-out rows
 
 
@@ -150,9 +145,16 @@ def load_data(run: Run, tokenizer: Tokenizer, template: Template) -> Data:
     """Read, split and encode the rows of a run. Raises DataError, TemplateError, CatalogError."""
     section = run.data
     splits = read_splits(
-        resolve_data(section.train), schema=section.schema, limit=section.limit, instruction=section.instruction
+        resolve_data(section.train),
+        schema=section.schema,
+        limit=section.limit,
+        instruction=section.instruction,
+        captions=section.captions,
     )
     train, valid = _validation(run, splits)
+    images = sum(row.image is not None for row in train)
+    if looks_at_images(run):
+        train, valid = open_rows(train), open_rows(valid)
     names = section.labels or labels(splits.train)
     encode = partial(
         encode_rows,
@@ -165,7 +167,28 @@ def load_data(run: Run, tokenizer: Tokenizer, template: Template) -> Data:
     encoded = encode(train)
     valid = valid[: run.evaluate.rows] if run.evaluate.rows else valid
     held_out = encode(valid, against=encoded) if valid else None
-    return Data(encoded, held_out, tuple(valid), tuple(names), _fingerprint(encoded))
+    return Data(encoded, held_out, tuple(valid), tuple(names), _fingerprint(encoded), images)
+
+
+def looks_at_images(run: Run) -> bool:
+    """Does the run's method look at the images of rows?"""
+    settings: Any = validate_section(find_method(str(run.adapter["kind"])).settings, run.adapter, "adapter")
+    return bool(getattr(settings, "looks", ()))
+
+
+def check_images(run: Run, data: Data, console: Console) -> None:
+    """Say what becomes of the rows' images. Raises ConfigError where the method looks, and there is none."""
+    rows, kind = len(data.train.examples), run.adapter["kind"]
+    if looks_at_images(run):
+        if not data.images:
+            raise ConfigError(
+                f"adapter.kind: {kind} looks at images, and no row of {run.data.train} has one; give rows an 'image', "
+                "or choose a method without images"
+            )
+        console.print(f"train: {data.images:,} of {rows:,} rows have an image", markup=False, soft_wrap=True)
+    elif data.images:
+        said = f"train: {data.images:,} of {rows:,} rows have an image, and {kind} does not look at it"
+        console.print(said, markup=False, style="yellow", soft_wrap=True)
 
 
 def _validation(run: Run, splits: Splits) -> tuple[list[Row], list[Row]]:
@@ -190,7 +213,13 @@ def held_out_rows(run: Run) -> list[Row]:
     path = resolve_data(run.data.train)
     if path.is_dir() and run.data.valid is None and not run.data.valid_size:
         return []
-    splits = read_splits(path, schema=run.data.schema, limit=run.data.limit, instruction=run.data.instruction)
+    splits = read_splits(
+        path,
+        schema=run.data.schema,
+        limit=run.data.limit,
+        instruction=run.data.instruction,
+        captions=run.data.captions,
+    )
     rows = _validation(run, splits)[1]
     if not rows:
         raise DataError(
@@ -202,7 +231,7 @@ def held_out_rows(run: Run) -> list[Row]:
 def _fingerprint(encoded: EncodedSet) -> str:
     digest = hashlib.sha256()
     for example in encoded.examples:
-        digest.update(example.ids.tobytes() + b"|" + example.supervised.tobytes() + b";")
+        digest.update(content(example) + b"|" + example.supervised.tobytes() + b";")
     return digest.hexdigest()
 
 
@@ -220,13 +249,13 @@ def show_report(data: Data, console: Console, pattern: Pattern | None = None) ->
         console.print(f"warning: model.attention {said_of}", markup=False, style="yellow", soft_wrap=True)
 
 
-def resolve(run: Run, loaded: Loaded, pack_tokens: int, kernels: str) -> Run:
+def resolve(run: Run, loaded: Loaded, kernels: str) -> Run:
     """The run with every automatic choice written down, so that a rerun or a resume makes the same ones."""
     method = find_method(str(run.adapter["kind"]))
     dtype = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}[loaded.model.dtype]
     model = replace(run.model, dtype=dtype, device=str(loaded.model.device), revision=loaded.revision)  # type: ignore[arg-type]
     rate = run.train.learning_rate or method.learning_rate
-    train = replace(run.train, pack_tokens=pack_tokens, learning_rate=rate, kernels=kernels, resume=None)  # type: ignore[arg-type]
+    train = replace(run.train, learning_rate=rate, kernels=kernels, resume=None)  # type: ignore[arg-type]
     return replace(run, model=model, train=train)
 
 
@@ -235,37 +264,6 @@ def attach_adapter(run: Run, loaded: Loaded, name: str = "default") -> Adapter:
     adapter = attach(loaded.model, run.adapter, name, run.train.seed, loaded.tokenizer.encode)
     loaded.adapters[name] = adapter
     return adapter
-
-
-def memory_job(
-    run: Run, model: Llama, adapter: Adapter, data: Data, device: torch.device | None = None
-) -> tuple[Job, str]:
-    """The memory job of the run with its pack size, and a line that says why it is that size.
-
-    `device` is where the run will be, if the model is not there. Raises OutOfMemory.
-    """
-    device = device or model.device
-    report, size = data.train.report, model.dtype.itemsize
-    job = Job(
-        model.config,
-        trainable=sum(p.numel() for p in adapter.trainable.values()),
-        pack_tokens=run.train.pack_tokens or 0,
-        of_base=sum(p.numel() for p in adapter.base.values()),
-        weight_bytes=weight_bytes(model, spec_of(run.quant)),
-        activation_bytes=size,
-        targets=frozenset(place.split(".")[-2] for place in adapter.deltas) or frozenset(LINEARS),
-        rank=int(getattr(adapter.settings, "rank", 0)),
-        supervised=report.share,
-        longest=report.longest,
-        recompute=run.train.recompute,
-        device=device.type,
-        native=device.type == "cpu" and run.train.kernels != "torch" and built()[0] is not None,
-    )
-    if run.train.pack_tokens:
-        check_pack_fits(job, usable_memory(device))
-        return job, f"packs of {run.train.pack_tokens} tokens, as configured"
-    tokens, why = choose_pack_tokens(job, usable_memory(device), report.longest)
-    return replace(job, pack_tokens=tokens), why
 
 
 def run_fingerprint(run: Run, loaded: Loaded, data: Data) -> str:

@@ -23,7 +23,7 @@ from tunesmith.adapters import Adapter
 from tunesmith.adapters.peft_format import save_adapter
 from tunesmith.compare.report import write_report
 from tunesmith.config import Run
-from tunesmith.data.encode import Example, encode_prompt
+from tunesmith.data.encode import Example, Prompt, encode_prompt
 from tunesmith.errors import ConfigError
 from tunesmith.evaluate.forgetting import general_metrics, general_sets, with_forgetting
 from tunesmith.evaluate.language_model import language_model_metrics
@@ -32,8 +32,10 @@ from tunesmith.evaluate.subject import Subject
 from tunesmith.export.verify import verify_run, write_probe
 from tunesmith.files import atomic_folder, atomic_write_json, atomic_write_text
 from tunesmith.folders import as_begun, run_folder
+from tunesmith.footprint import chosen, with_choice, work_of
 from tunesmith.inference.generate import generate
 from tunesmith.inference.sample import GenerationSettings
+from tunesmith.model import allocator
 from tunesmith.model.native import select
 from tunesmith.model.quantize import held_weights
 from tunesmith.prepare import (
@@ -41,9 +43,9 @@ from tunesmith.prepare import (
     Loaded,
     attach_adapter,
     base_for,
+    check_images,
     check_precision,
     load_data,
-    memory_job,
     resolve,
     run_fingerprint,
     show_report,
@@ -54,9 +56,10 @@ from tunesmith.train.checkpoint import seed_everything
 from tunesmith.train.guards import check_prompts, check_tokenizer_ids, explain_nonfinite
 from tunesmith.train.log import MetricsFile, Progress, check_trackers, open_trackers
 from tunesmith.train.loop import Plan, Trainer, make_plan, read_checkpoint
-from tunesmith.train.memory import GIB, MemoryPlan, peak_memory
-from tunesmith.train.memory import plan as plan_memory
+from tunesmith.train.memory import GIB, peak_memory
+from tunesmith.train.planner import MemoryPlan
 from tunesmith.train.reporter import RunLog
+from tunesmith.vision.open import look_all
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,6 +90,8 @@ def train_run(run: Run, console: Console, loaded: Loaded | None = None) -> Outco
         run = as_begun(run, folder)
     _check_names(run)
     general = general_sets(run.evaluate.general, run.evaluate.general_items)
+    kernels, which = select(run.train.kernels)
+    malloc = allocator.use(kernels == "native")
     loaded = base_for(run, folder, loaded, checkpoint is not None)
     loaded.template = template_for(run, loaded.tokenizer)
     data = replace(load_data(run, loaded.tokenizer, loaded.template), general=general)
@@ -94,14 +99,14 @@ def train_run(run: Run, console: Console, loaded: Loaded | None = None) -> Outco
     adapter = loaded.adapters.get("default") or attach_adapter(run, loaded)
     check_precision(adapter)
     check_trains_all(run.model, loaded.model, adapter)
+    look_all([row.picture for row in _all_rows(data)], loaded.model.needs((adapter.name,)).looks)
     if line := check_prompts(adapter.kind, loaded.model.needs((adapter.name,)), data.train.examples):
         _say(console, f"train: {line}")
-    job, why = memory_job(run, loaded.model, adapter, data)
-    planned = plan_memory(job)
-    kernels, which = select(run.train.kernels)
-    for line in (which, why, *planned.lines()):
+    choice = chosen(work_of(run, data.train.examples, loaded.tokenizer.encode, loaded.path))
+    planned = choice.memory
+    for line in (which, *([malloc] if malloc else ()), choice.why, *planned.lines()):
         _say(console, line)
-    run = resolve(replace(run, name=folder.name), loaded, job.pack_tokens, kernels)
+    run = resolve(with_choice(replace(run, name=folder.name), choice), loaded, kernels)
     plan = _steps(run, adapter, data)
     trainable = sum(p.numel() for p in adapter.trainable.values())
     total = sum(p.numel() for p in loaded.model.parameters() if p.is_floating_point())
@@ -145,11 +150,17 @@ def _check_data(run: Run, loaded: Loaded, data: Data, console: Console) -> None:
     for line in check_tokenizer_ids(loaded.tokenizer, config.vocab_size, config.eos_token_ids, config.bos_token_id):
         _say(console, f"tokenizer: {line}")
     show_report(data, console, loaded.model.pattern)
+    check_images(run, data, console)
     evaluate = run.evaluate
     asked = {"metrics": evaluate.metrics, "patience": evaluate.patience, "general": evaluate.general}
     for key, value in asked.items():
         if value and data.valid is None:
             raise ConfigError(f"evaluate.{key}: there are no held-out rows to measure on; give data.valid, or data.valid_size")
+
+
+def _all_rows(data: Data) -> list[Example]:
+    """Training and held-out rows."""
+    return [*data.train.examples, *(data.valid.examples if data.valid else ())]
 
 
 def _steps(run: Run, adapter: Adapter, data: Data) -> Plan:
@@ -333,8 +344,9 @@ def save_run_adapter(run: Run, loaded: Loaded, adapter: Adapter, data: Data, fol
             attention=loaded.model.pattern.settings if loaded.model.pattern else None,
         )
         loaded.tokenizer.save(target)
-    examples = (data.valid or data.train).examples
-    write_probe(folder, loaded.model, [example.ids.tolist() for example in examples[:4]])
+    # Rows with an image first: an adapter may do nothing without one.
+    examples = sorted((data.valid or data.train).examples, key=lambda example: example.picture is None)
+    write_probe(folder, loaded.model, [Prompt(e.ids.tolist(), e.picture) for e in examples[:4]])
 
 
 def _notes(run: Run, data: Data) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tunesmith.adapters import attach
 from tunesmith.model.llama import Llama
 from tunesmith.model.native import built, select
 from tunesmith.train.loss import pack_loss
-from tunesmith.train.simulate import LiveBytes, StepBytes, step_bytes
+from tunesmith.train.simulate import StepBytes, alike, counting, scaled_step_bytes, step_bytes
 
 SPECS: list[dict[str, Any]] = [{"kind": kind} for kind in ("lora", "llama_adapter", "prefix", "full")]
 
@@ -22,18 +23,15 @@ def counted(spec: dict[str, Any], recompute: bool) -> StepBytes:
     model = build(TINY, torch.float32).train()
     adapter = attach(model, spec)
     (pack,) = packs_of(model, examples())
-    trained = list(adapter.trainable.values())
     ctx = model.context(pack.layout)
-    with LiveBytes() as live:
-        live.ignore([*model.parameters(), *model.buffers(), pack.tokens, pack.where, pack.target, pack.weight])
-        for p in trained:
-            p.grad = torch.zeros_like(p)
-        live.ignore([p.grad for p in trained if p.grad is not None])
-        live.now = live.peak = 0
-        loss = pack_loss(model, pack, ctx, model.run(pack.tokens, ctx, recompute))
-        kept = live.now
+    with counting(model, adapter, pack) as count:
+        hidden = model.run(pack.tokens, ctx, recompute)
+        count.forward()
+        loss = pack_loss(model, pack, ctx, hidden)
+        del hidden
+        count.loss()
         loss.backward()
-    return StepBytes(kept, live.peak)
+    return count.found
 
 
 def simulated(spec: dict[str, Any], recompute: bool, native: bool) -> StepBytes:
@@ -64,3 +62,26 @@ def test_a_simulated_step_holds_what_a_real_one_does(spec: dict[str, Any], recom
 def test_a_longer_pack_and_no_recomputation_hold_more() -> None:
     lora = SPECS[0]
     assert simulated(lora, False, True).kept > 2 * simulated(lora, True, True).kept
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "prefix", "full", "bottleneck", "reft", "llama_adapter"])
+def test_few_blocks_tell_what_all_hold(kind: str, recompute: bool) -> None:
+    with torch.device("meta"):
+        model = Llama(replace(TINY, num_hidden_layers=9))
+    model.requires_grad_(False)
+    adapter = attach(model, {"kind": kind})
+    (pack,) = packs_of(model, examples(), device="meta")
+    step_bytes(model, adapter, pack, recompute=recompute)  # the layout's tiles are made once
+    whole = step_bytes(model, adapter, pack, recompute=recompute)
+    assert scaled_step_bytes(model, adapter, pack, recompute=recompute) == whole
+    assert len(model.model.layers) == 9
+
+
+def test_blocks_that_differ_are_all_counted() -> None:
+    with torch.device("meta"):
+        model = Llama(replace(TINY, num_hidden_layers=9))
+    model.requires_grad_(False)
+    assert alike(model)
+    attach(model, {"kind": "last_layers", "layers": 2})
+    assert not alike(model)

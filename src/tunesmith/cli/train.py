@@ -98,20 +98,58 @@ def plan(
     words: Words = None,
     model: Model = None,
     data: Data = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=2, help="No data: rows of N tokens; the model may be a shape's name.")
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="How many such rows.")] = 256,
+    memory: Annotated[
+        float | None, typer.Option("--memory", metavar="GIB", help="What another machine has, instead of this one.")
+    ] = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Beside it, what plain padded training would need.")
+    ] = False,
+    ways: Annotated[bool, typer.Option("--ways", help="Settings that need less, even where the run fits.")] = False,
+    time: Annotated[bool, typer.Option("--time/--no-time", help="Time an epoch on this machine.")] = True,
     method_file: MethodFiles = None,
     json: Json = False,
 ) -> None:
-    """Print what a run would need and do, without training: memory, steps, tokens, what is trained."""
-    open_files(method_file)
-    run = read_run(words or [], {"model.path": model, "data.train": data})
-    from tunesmith import api
+    """Print what a run would need and do, without training: memory by part, time, steps, and what would fit.
 
-    report = api.plan_run(run)
+    \b
+    tunesmith plan config.yaml train.recompute=true
+    tunesmith plan --model llama-65b --tokens 512 --memory 48 quant.kind=nf4 adapter.rank=64 model.device=cuda
+    """
+    open_files(method_file)
+    flags = {"model.path": model, "data.train": data or (MADE_UP if tokens else None)}
+    run = read_run(words or [], flags)
+    from tunesmith import api
+    from tunesmith.plan import Ask
+
+    size = None if memory is None else int(memory * 2**30)
+    here = memory is None
+    report = api.plan_run(run, Ask(rows, tokens, size, reference, time and here, ways))
     if json:
         out_json(report)
         return
-    for key, value in report.items():
-        out(f"{key.replace('_', ' '):<24} {value}")
+    for line in plan_lines(report):
+        out(line)
+
+
+MADE_UP = "(made up)"  # data of a plan that is given none
+
+
+def plan_lines(report: dict[str, Any]) -> list[str]:
+    """A plan as lines of text: a value each, the ways to need less as a list."""
+    lines = [f"{key.replace('_', ' '):<24} {_said(report[key])}" for key in report if key != "ways"]
+    for way in report.get("ways", ()):
+        fits = "fits" if way["fits"] else "does not fit"
+        settings = " ".join(f"{key}={value}" for key, value in way["settings"].items())
+        lines.append(f"  {way['memory_gib']:8.2f} GiB, {fits:<12} {settings}")
+    return lines
+
+
+def _said(value: Any) -> str:
+    return ", ".join(f"{key} {_said(part)}" for key, part in value.items()) if isinstance(value, dict) else str(value)
 
 
 @command(app, "demo")

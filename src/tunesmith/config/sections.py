@@ -171,6 +171,9 @@ class DataSection:
     )
     train_on_inputs: bool = Field(default=False, description="Also learn the prompt, not the answer alone.")
     limit: Count | None = Field(default=None, description="Use only the first rows of `train`.")
+    captions: bool = Field(
+        default=False, description="ScienceQA: put the captions of images behind the hint, as text in their stead."
+    )
     labels: Words = Field(
         default=(), description="Labels of a classification, in order; empty takes those found in the data."
     )
@@ -240,6 +243,11 @@ class TrainSection:
         default=False,
         description="Recompute each block in the backward pass: less memory, more time. selective keeps the products "
         "with the base's weights and recomputes the rest: between the two in both.",
+    )
+    memory: Literal["auto", "fixed"] = Field(
+        default="auto",
+        description="Make the run fit: auto recomputes where it must, and halves packs if memory runs out all the same; "
+        "fixed stops instead.",
     )
     shuffle: bool = Field(default=True, description="Visit rows in a new random order each epoch.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of initialisation, shuffling and dropout.")

@@ -177,7 +177,7 @@ def _read_all(
 
     Returns the dense tensors, and apart those that are held in a storage.
     """
-    keep = _kept(weights, quant)
+    keep = kept_in_bits(weights, quant)
 
     def read(name: str) -> tuple[torch.Tensor | Held, bool]:
         if name in keep:
@@ -214,7 +214,7 @@ def _check_hashes(weights: Weights) -> None:
             raise ModelError(f"{wrong}; copy the folder again, or run tunesmith quantize again")
 
 
-def _kept(weights: Weights, quant: Spec | None) -> frozenset[str]:
+def kept_in_bits(weights: Weights, quant: Spec | None) -> frozenset[str]:
     """The weights that stay in the file's own few bits: a quantized folder's always, a GGUF's where that is asked for.
 
     Raises ModelError where something else is asked for than the file has.

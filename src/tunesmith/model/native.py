@@ -9,10 +9,7 @@ same work, slower; `select` says which it is and why. They differ in the last bi
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,14 +21,13 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import ConfigError
-from tunesmith.hardware import cache_dir, cpu_features
+from tunesmith.model.build import NO_COMPILER, build, compiler, reason
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "quantized.cpp", "bf16.h"))
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),  # none of these touches NaN or infinity
 )
-BUILD_SECONDS = 120
 
 
 class Kernels:
@@ -203,32 +199,10 @@ _process = _Process()
 @cache
 def built() -> tuple[Kernels | None, str]:
     """The kernels if this machine can build them, and a line that says so or why not."""
-    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    if compiler is None:
-        return None, "torch, which is slower: no C++ compiler was found (install g++ or clang++)"
+    command = compiler()
+    if command is None:
+        return None, f"torch, which is slower: {NO_COMPILER}"
     try:
-        return Kernels(ctypes.CDLL(str(_built(compiler)))), "native"
+        return Kernels(ctypes.CDLL(str(build(command, SOURCES, FLAGS)))), "native"
     except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        return (
-            None,
-            f"torch, which is slower: the kernels could not be built ({str(reason).strip().splitlines()[-1][:120]})",
-        )
-
-
-def _built(compiler: str) -> Path:
-    """The library in the cache folder, built if it is not there. Raises OSError, SubprocessError."""
-    source = b"\0".join(path.read_bytes() for path in SOURCES)
-    version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, timeout=10, check=True).stdout
-    key = [source, version, " ".join(FLAGS).encode(), " ".join(sorted(cpu_features())).encode(), compiler.encode()]
-    name = hashlib.sha256(b"\0".join(key)).hexdigest()[:16]
-    folder = cache_dir() / "kernels"
-    library = folder / f"{name}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / library.name
-            command = [compiler, *FLAGS, *(str(path) for path in SOURCES if path.suffix == ".cpp"), "-o", str(made)]
-            subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=True)
-            made.replace(library)  # in one step: another process may be building the same
-    return library
+        return None, f"torch, which is slower: the kernels could not be built ({reason(error)})"

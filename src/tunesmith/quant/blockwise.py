@@ -14,6 +14,7 @@ from torch import Tensor
 from tunesmith.quant.codes import Code
 
 _TINY = 1e-38  # an all-zero block must not divide by zero
+_SLICE = 1 << 24  # weights that are read at once
 # bits -> how many indices fill how many whole bytes
 _GROUP = {2: (4, 1), 3: (8, 3), 4: (2, 1)}
 
@@ -33,9 +34,19 @@ def quantize_blockwise(weight: Tensor, code: Code, block: int) -> tuple[Tensor, 
 
 
 def dequantize_blockwise(packed: Tensor, absmax: Tensor, table: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """Return the values, flat, in `dtype`: products are taken in float32 and rounded once."""
-    values = table[unpack(packed, bits).int()].view(len(absmax), -1)
-    return (values * absmax[:, None]).flatten().to(dtype)
+    """Return the values, flat, in `dtype`: products are taken in float32 and rounded once.
+
+    A slice at a time, so that no intermediate is as large as the weight.
+    """
+    count, width = _GROUP[bits]
+    block = packed.numel() // width * count // max(len(absmax), 1)
+    values = torch.empty(len(absmax), block, dtype=dtype, device=packed.device)
+    rows, held = max(1, _SLICE // max(block, 1)), block // count * width
+    for start in range(0, len(absmax), rows):
+        part = slice(start, start + rows)
+        indices = unpack(packed.view(-1)[start * held : (start + rows) * held], bits)
+        values[part] = table[indices.int()].view(-1, block) * absmax[part, None]
+    return values.flatten()
 
 
 def pack(indices: Tensor, bits: int) -> Tensor:

@@ -23,7 +23,7 @@ from tunesmith.adapters import Adapter
 from tunesmith.config import TrainSection
 from tunesmith.data.encode import Example
 from tunesmith.data.pack import Pack, plan_packs
-from tunesmith.errors import CheckpointError, Interrupted
+from tunesmith.errors import CheckpointError, Interrupted, is_out_of_memory
 from tunesmith.model.llama import Llama
 from tunesmith.train import guards
 from tunesmith.train.checkpoint import (
@@ -37,6 +37,7 @@ from tunesmith.train.checkpoint import (
     unpack_optimizer,
 )
 from tunesmith.train.loss import pack_loss
+from tunesmith.train.memory import give_back_memory
 from tunesmith.train.optim import (
     LossScaler,
     Schedule,
@@ -45,6 +46,7 @@ from tunesmith.train.optim import (
     set_learning_rate,
     warmup_in_steps,
 )
+from tunesmith.train.order import row_order
 
 
 class Reporter(Protocol):
@@ -82,6 +84,7 @@ class Progress:
     step: int = 0
     tokens: int = 0
     updates: int = 0  # steps made at a learning rate above 0
+    pack_tokens: int | None = None  # fewer than planned, where memory ran out
     best: float | None = None
     best_step: int | None = None
     worse: int = 0  # evaluations since the best one
@@ -94,7 +97,7 @@ def make_plan(
 ) -> Plan:
     """Turn settings into numbers of optimizer steps.
 
-    With `dropout`, an adapter's or attention's, tokens are not shared: each example draws its own.
+    `dropout`: does the adapter draw some?
     """
     per_epoch = math.ceil(rows / settings.batch_size)
     steps = max(1, math.ceil(per_epoch * settings.epochs))
@@ -106,11 +109,16 @@ def make_plan(
         batch_size=settings.batch_size,
         pack_tokens=pack_tokens,
         micro_batch=settings.micro_batch,
-        share_prefix=settings.share_prefix and not (dropout or settings.attention_dropout),
+        share_prefix=shares_prefix(settings, dropout),
         schedule=Schedule(settings.schedule, learning_rate, steps, warmup),
         eval_steps=eval_steps or per_epoch,
         save_steps=settings.save_steps or per_epoch,
     )
+
+
+def shares_prefix(settings: TrainSection, dropout: bool) -> bool:
+    """Are shared tokens computed once? Not where each example draws its own dropout, an adapter's or attention's."""
+    return settings.share_prefix and not (dropout or settings.attention_dropout)
 
 
 def read_checkpoint(checkpoint: Path, fingerprint: str) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
@@ -199,10 +207,7 @@ class Trainer:
         """The rows of optimizer step `step` (from 0), in an order that the seed and the epoch fix."""
         epoch, at = divmod(step, self.plan.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
-            rows = np.arange(len(self.examples))
-            if self.settings.shuffle:
-                rows = np.random.default_rng([self.settings.seed, epoch]).permutation(len(rows))
-            self._order = (epoch, rows)
+            self._order = (epoch, row_order(len(self.examples), self.settings, epoch))
         return self._order[1][at * self.plan.batch_size : (at + 1) * self.plan.batch_size].tolist()
 
     def _step(self) -> dict[str, float]:
@@ -213,14 +218,11 @@ class Trainer:
         began = time.perf_counter()
         step = self.progress.step
         rows = [self.examples[i] for i in self.batch(step)]
-        packs = self._packs(rows)
-        supervised = sum(pack.supervised for pack in packs)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = sum(self._accumulate(pack, supervised, rows) for pack in packs)
+        loss = self._gradient(rows)
         previous = self.progress.last_loss
         self._warn("loss", guards.check_loss(loss, self.model.config.vocab_size, step + 1, previous=previous))
         rate = self.plan.schedule.learning_rate_at(step)
-        norm = self._update(rate)
+        norm = self._update(rate, 0 if self._sees_nothing(rows) else self.progress.updates)
         tokens = sum(len(row.ids) for row in rows)
         self.progress.step, self.progress.last_loss = step + 1, loss
         self.progress.tokens += tokens
@@ -234,11 +236,39 @@ class Trainer:
             "tokens_per_second": tokens / (time.perf_counter() - began),
         }
 
+    def _gradient(self, rows: Sequence[Example]) -> float:
+        """Form the gradient of a batch and return its loss.
+
+        Where memory runs out and `train.memory` is auto, it is formed anew in smaller packs, and so are all later ones.
+        """
+        drawn = rng_state()
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            packs = self._packs(rows)
+            supervised = sum(pack.supervised for pack in packs)
+            try:
+                return sum(self._accumulate(pack, supervised, rows) for pack in packs)
+            except (MemoryError, RuntimeError) as error:
+                if (
+                    self.settings.memory != "auto"
+                    or not is_out_of_memory(error)
+                    or all(len(pack.examples) == 1 for pack in packs)
+                ):
+                    raise
+            self.progress.pack_tokens = smaller = max(pack.layout.tokens for pack in packs) // 2
+            self.reporter.say(
+                f"step {self.progress.step + 1}: memory ran out; packs have at most {smaller} tokens from here on, and "
+                "batch and gradient stay the same"
+            )
+            self.optimizer.zero_grad(set_to_none=True)
+            give_back_memory()
+            restore_rng_state(*drawn)
+
     def _packs(self, rows: Sequence[Example]) -> list[Pack]:
         plan = self.plan
         return plan_packs(
             rows,
-            budget=plan.pack_tokens,
+            budget=self.progress.pack_tokens or plan.pack_tokens,
             max_rows=plan.micro_batch,
             share=plan.share_prefix,
             device=self.model.device,
@@ -253,6 +283,7 @@ class Trainer:
         ctx = self.model.context(pack.layout, dropout=self.settings.attention_dropout)
         hidden = self.model.run(pack.tokens, ctx, self.settings.recompute)
         loss = pack_loss(self.model, pack, ctx, hidden) / max(supervised, 1.0)
+        del hidden  # its memory is the backward's
         value = float(loss.detach())
         if not math.isfinite(value):
             culprits = [rows[i] for i in pack.examples]
@@ -262,17 +293,25 @@ class Trainer:
         penalty = self.adapter.penalty()
         if penalty is not None:
             loss = loss + penalty * (pack.supervised / max(supervised, 1.0))
-        self.scaler.scale(loss).backward()
+        if loss.requires_grad:  # visual tokens alone are trained, and no example of the pack has an image: it does not
+            self.scaler.scale(loss).backward()
         return value
 
-    def _update(self, rate: float) -> float:
-        """Unscale, check, clip and step; returns the norm before clipping (nan: fp16 overflowed, no step was made)."""
+    def _sees_nothing(self, rows: Sequence[Example]) -> bool:
+        """Does the adapter look at images, and none of these rows has one? Then some gradients are rightly 0."""
+        return bool(self.model.needs().looks) and all(row.picture is None for row in rows)
+
+    def _update(self, rate: float, updates: int) -> float:
+        """Unscale, check, clip and step; returns the norm before clipping (nan: fp16 overflowed, no step was made).
+
+        `updates`: how many have been made; 0 where a gradient of 0 is right.
+        """
         parameters = list(self.parameters.values())
         good = self.scaler.unscale(parameters)
         norm = math.nan
         if good:
             named = ((name, p.grad) for name, p in self.parameters.items())
-            self._warn("gradient", guards.check_gradients(named, self.progress.step + 1, updates=self.progress.updates))
+            self._warn("gradient", guards.check_gradients(named, self.progress.step + 1, updates=updates))
             norm = clip_gradients(parameters, self.settings.max_grad_norm)
             set_learning_rate(self.optimizer, rate)
             self.optimizer.step()

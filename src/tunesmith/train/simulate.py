@@ -4,7 +4,7 @@
 
 Nothing is computed and no weight is read; and since it is the real step that runs, the count holds for every method,
 pack and recomputation without a formula for each (tests/train/test_simulate.py: to the byte). What an allocator adds
-is not in it, nor what torch's own attention operator holds within itself. The planner does not use it yet.
+is not in it, nor what torch's own attention operator holds within itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from tunesmith.adapters import Adapter
 from tunesmith.data.pack import Pack
-from tunesmith.model.llama import Llama
+from tunesmith.model.llama import Block, Llama
 from tunesmith.model.native import shapes_only
 from tunesmith.train.loss import pack_loss
 
@@ -64,34 +64,123 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes that a step holds beside weights, gradients and optimizer: `kept` for the backward; `peak` at the most."""
+    """Bytes that a step holds beside weights, gradients and optimizer: `kept` for the backward; at the most while the
+    `loss` is formed; at the `peak` of it all.
+    """
 
     kept: int
+    loss: int
     peak: int
 
 
 def step_bytes(
-    model: Llama, adapter: Adapter, pack: Pack, *, recompute: bool = False, native: bool = True
+    model: Llama,
+    adapter: Adapter,
+    pack: Pack,
+    *,
+    recompute: bool | str = False,
+    native: bool = True,
+    dropout: float = 0.0,
 ) -> StepBytes:
     """Run forward and backward of `pack` (made for the device "meta") on a model on the meta device.
 
-    `native`: with the shapes that the CPU's native kernels make, instead of torch's.
+    `native`: with the shapes that the CPU's native kernels make, instead of torch's. `dropout`: attention's.
     """
+    ctx = model.context(pack.layout, dropout=dropout)  # beforehand: positions and tiles are no bytes to speak of
+    with shapes_only(native), counting(model, adapter, pack) as count:
+        hidden = model.run(pack.tokens, ctx, recompute)
+        count.forward()
+        loss = pack_loss(model, pack, ctx, hidden)
+        del hidden  # a step of the loop does not hold it either
+        count.loss()
+        loss.backward()
+    return count.found
+
+
+def scaled_step_bytes(
+    model: Llama,
+    adapter: Adapter,
+    pack: Pack,
+    *,
+    recompute: bool | str = False,
+    native: bool = True,
+    dropout: float = 0.0,
+) -> StepBytes:
+    """What `step_bytes` counts, from few blocks where all are alike: each further one holds as much again."""
+    blocks = len(model.model.layers)
+    kind = {"recompute": recompute, "native": native, "dropout": dropout}
+    if blocks <= _FEW + 1 or not alike(model):
+        return step_bytes(model, adapter, pack, **kind)
+    found = []
+    for few in (_FEW, _FEW + 1):
+        with shortened(model, few):
+            found.append(step_bytes(model, adapter, pack, **kind))
+    one, two = found
+    more = blocks - _FEW
+    return StepBytes(*(getattr(one, f) + more * (getattr(two, f) - getattr(one, f)) for f in ("kept", "loss", "peak")))
+
+
+_FEW = 3  # blocks: no gradient goes below the first, and nothing stands above the last
+
+
+def alike(model: Llama) -> bool:
+    """Do all blocks hold the same, their adapters' parts and what is trained included?"""
+    return model.pattern is None and len({_makeup(layer) for layer in model.model.layers}) == 1
+
+
+def _makeup(layer: Block) -> tuple[object, ...]:
+    parameters = [(name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters()]
+    buffers = [(name, b.shape, b.dtype) for name, b in layer.named_buffers()]
+    return (*parameters, *buffers, *(type(m) for m in layer.modules()), layer.self_attn.window)
+
+
+@contextmanager
+def shortened(model: Llama, blocks: int) -> Iterator[None]:
+    """Within it the model has its first `blocks` blocks only."""
+    every = model.model.layers
+    model.model.layers = torch.nn.ModuleList(list(every)[:blocks])
+    try:
+        yield
+    finally:
+        model.model.layers = every
+
+
+class Count:
+    """The bytes of a step, as it goes through its parts."""
+
+    def __init__(self, live: LiveBytes) -> None:
+        self._live, self._highest, self._kept, self._loss = live, 0, 0, 0
+
+    def forward(self) -> None:
+        """The blocks have been run."""
+        self._highest, self._live.peak = self._live.peak, self._live.now
+
+    def loss(self) -> None:
+        """The loss is there."""
+        self._kept, self._loss = self._live.now, self._live.peak
+
+    @property
+    def found(self) -> StepBytes:
+        """What was counted, after the backward."""
+        return StepBytes(self._kept, self._loss, max(self._highest, self._live.peak))
+
+
+@contextmanager
+def counting(model: Llama, adapter: Adapter, pack: Pack) -> Iterator[Count]:
+    """Count what is made within, in training mode; weights, gradients and the pack itself are there already."""
     trained = list(adapter.trainable.values())
-    ctx = model.context(pack.layout)  # beforehand: positions and tiles are no bytes to speak of
-    with _training(model), shapes_only(native), LiveBytes() as live:
-        live.ignore([*model.parameters(), *model.buffers()])
-        live.ignore([pack.tokens, pack.where, pack.target, pack.weight])
+    with _training(model), LiveBytes() as live:
         for p in trained:
             p.grad = torch.empty_like(p)
-        live.ignore([p.grad for p in trained if p.grad is not None])
+        gradients = [p.grad for p in trained if p.grad is not None]
+        live.ignore([*model.parameters(), *model.buffers(), *gradients])
+        live.ignore([pack.tokens, pack.where, pack.target, pack.weight])
         live.now = live.peak = 0
-        loss = pack_loss(model, pack, ctx, model.run(pack.tokens, ctx, recompute))
-        kept = live.now
-        loss.backward()
-        for p in trained:
-            p.grad = None
-    return StepBytes(kept, live.peak)
+        try:
+            yield Count(live)
+        finally:
+            for p in trained:
+                p.grad = None
 
 
 @contextmanager
