@@ -6,8 +6,10 @@ import asyncio
 import gc
 import json
 import random
+import socket
 import threading
 import time
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -123,3 +125,49 @@ def test_nobody_gets_anothers_answer_and_nothing_stays_behind(start: Starter) ->
     text = live.metrics.text().decode()
     assert 'tunesmith_prompts_total{model="alpha",outcome="answered"}' in text
     assert 'outcome="cancelled"' in text and 'outcome="failed"' not in text
+
+
+def test_who_leaves_without_having_streamed_is_missed_too(live) -> None:
+    """The connection alone says it: nothing is written to it before the answer is whole."""
+
+    def cancelled() -> float:
+        return live.metrics.prompts.labels("alpha", "cancelled")._value.get()
+
+    at, before = urlsplit(live.url), cancelled()
+    question = json.dumps({**body("alpha", 1, False), "max_tokens": 400}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {at.netloc}\r\nAuthorization: Bearer {KEY}\r\n"
+    with socket.create_connection((at.hostname, at.port), timeout=20) as line:
+        line.sendall(
+            f"{head}Content-Type: application/json\r\nContent-Length: {len(question)}\r\n\r\n".encode() + question
+        )
+        end = time.monotonic() + 20
+        while not live.engine.batch.rows and time.monotonic() < end:
+            time.sleep(0.001)
+    assert live.settled() and cancelled() == before + 1
+
+
+def test_who_never_reads_does_not_keep_his_seat(engine, monkeypatch, caplog) -> None:
+    """Writing blocks for ever: the answer's time and a little more, and what it held is free."""
+    from contextlib import ExitStack
+
+    from tunesmith.serve import stream
+
+    async def pieces(*_):
+        yield b"data: {}\n\n"
+
+    async def send(_) -> None:
+        await asyncio.Event().wait()
+
+    async def receive() -> dict:
+        await asyncio.Event().wait()
+        return {}
+
+    monkeypatch.setattr(stream, "events", pieces)
+    held = ExitStack()
+    held.enter_context(engine.seats(3))
+    with engine.registry.using("alpha") as entry:
+        reply = stream.EventStream(stream.Call(engine, entry, [], None), None, None, False, held)  # type: ignore[arg-type]
+    assert reply.seconds > engine.limits.request_seconds and engine.inside == 3
+    reply.seconds = 0.1
+    asyncio.run(reply({"type": "http"}, receive, send))
+    assert engine.inside == 0 and "did not read its answer" in caplog.text

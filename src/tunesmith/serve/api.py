@@ -28,7 +28,7 @@ from tunesmith.serve.engine import Engine
 from tunesmith.serve.guard import BODY_BYTES, BODY_SECONDS, App, Guard
 from tunesmith.serve.metrics import CONTENT_TYPE, Metrics, counted
 from tunesmith.serve.registry import BASE, Entry
-from tunesmith.serve.requests import TEMPLATES, AdapterRequest, ChatRequest, CompletionRequest
+from tunesmith.serve.requests import AdapterRequest, ChatRequest, CompletionRequest
 from tunesmith.serve.stream import Call, EventStream, whole
 
 
@@ -237,11 +237,8 @@ def _invalid(found: Any) -> tuple[str, str | None]:
     field = ".".join(place) or None
     message = str(found.get("msg", "not understood")).removeprefix("Value error, ")
     if found.get("type") == "extra_forbidden" and place:
-        if place[-1] in TEMPLATES:
-            message = "a template in a request is never used; each model has the one it was trained on"
-        else:
-            known = {**ChatRequest.model_fields, **CompletionRequest.model_fields, **AdapterRequest.model_fields}
-            message = f"unknown field{did_you_mean(place[-1], known)}"
+        known = {**ChatRequest.model_fields, **CompletionRequest.model_fields, **AdapterRequest.model_fields}
+        message = f"unknown field{did_you_mean(place[-1], known)}"
     named = found.get("type") == "value_error"  # these begin with the field's name themselves
     return _shown(message if named or field is None else f"{field}: {message}"), field
 

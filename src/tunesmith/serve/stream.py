@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack
 
@@ -17,6 +18,8 @@ from tunesmith.serve.engine import Engine, Event, Ticket
 from tunesmith.serve.registry import Entry
 
 Numbered = tuple[int, Event]
+SLACK_SECONDS = 30.0
+logger = logging.getLogger(__name__)
 
 
 class Call:
@@ -63,17 +66,24 @@ class Call:
 
 
 class EventStream(StreamingResponse):
-    """A reply as server-sent events. `held` is let go of however it ends, even before it began."""
+    """A reply as server-sent events. `held` is let go of however it ends, even before it began.
+
+    A client that does not read has SLACK_SECONDS more than the answer: then the connection is given up.
+    """
 
     def __init__(self, call: Call, reply: Reply, first: tuple[int, Said], with_usage: bool, held: ExitStack) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(events(call, reply, first, with_usage), media_type="text/event-stream", headers=headers)
         self._close: Callable[[], None] = held.close
+        self.seconds = call.engine.limits.request_seconds + SLACK_SECONDS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout(self.seconds):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            logger.warning("a client did not read its answer within %g s; its connection was closed", self.seconds)
         finally:
             self._close()
 
