@@ -14,6 +14,7 @@ from tunesmith.errors import ConfigError, OutOfMemory
 from tunesmith.footprint import base_without_weights, device_of, work_of
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.quantize import held_weights
+from tunesmith.model.sight import StandIn
 from tunesmith.prepare import load_data, sizes_and_tokenizer, template_for
 from tunesmith.train.loop import make_plan
 from tunesmith.train.memory import GIB, usable_memory
@@ -55,10 +56,12 @@ def work_for(run: Run, ask: Ask | None = None) -> Work:
 
 
 def made_up(rows: int, tokens: int, vocab: int) -> list[Example]:
-    """Rows of that many tokens that have nothing in common, all of them targets but the first token."""
+    """Rows of that many tokens that have nothing in common, all of them targets but the first token; each has an image,
+    which what looks at none does not see.
+    """
     ids = np.random.default_rng(0).integers(0, vocab, (rows, tokens), dtype=np.int32)
     supervised = np.arange(tokens) > 0
-    return [Example(row, supervised, "made up") for row in ids]
+    return [Example(row, supervised, "made up", picture=StandIn(str(i))) for i, row in enumerate(ids)]
 
 
 def plan_run(run: Run, ask: Ask | None = None) -> dict[str, Any]:

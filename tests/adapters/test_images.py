@@ -28,7 +28,7 @@ from tunesmith.inference.sample import GenerationSettings
 from tunesmith.inference.score import score_continuations
 from tunesmith.model.layout import Layout
 from tunesmith.model.llama import Llama
-from tunesmith.model.sight import Groups, Picture
+from tunesmith.model.sight import Groups, Picture, StandIn
 from tunesmith.vision.open import Gallery, Seen, open_image
 
 tf = pytest.importorskip("transformers")
@@ -367,3 +367,17 @@ def test_defaults_are_the_encoders_own(clip: str) -> None:
     assert (adapter.settings.scales, adapter.settings.widths) == ((1, 2, 3), (WIDTH,) * 3)
     tokens = attach(build(), {"kind": "image_projection", "encoder": clip}).settings
     assert (tokens.layer, tokens.tokens, tokens.token_width) == (2, 16, WIDTH)
+
+
+def test_a_plan_counts_images_by_their_shapes() -> None:
+    """On the meta device nothing is looked up, and visual tokens stand in the row all the same."""
+    with torch.device("meta"):
+        model = Llama(TINY).requires_grad_(False)
+        attach(model, {**TOKENS, "encoder": "openai/clip-vit-large-patch14"})
+    some = [replace(example, picture=StandIn(str(i))) for i, example in enumerate(examples())]
+    (pack,) = plan_packs(some, budget=10_000, device="meta", needs=model.needs())
+    ctx = model.context(pack.layout)
+    assert ctx.sight is not None and ctx.extra == len(some) * 256
+    (values,) = ctx.sight.values.values()
+    assert values.is_meta and values.shape == (len(some), 256, 1024)
+    assert model.run(pack.tokens, ctx).shape == (pack.layout.tokens, TINY.hidden_size)

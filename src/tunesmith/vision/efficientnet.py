@@ -49,13 +49,18 @@ class EfficientNetLite0:
         """See `Encoder`."""
         return {"weights": self._sha256, "side": SIDE, "resize": SIDE, "resample": 3, "mean": 127, "std": 128}
 
+    def move(self, device: torch.device) -> None:
+        """See `Encoder`."""
+        self._convolutions = {name: (w.to(device), b.to(device)) for name, (w, b) in self._convolutions.items()}
+
     def pixels(self, image: Image) -> Tensor:
         """(3, 224, 224), uint8."""
         return square(image, SIDE, SIDE)
 
     def layers(self, pixels: Tensor, wanted: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
         """See `Encoder`."""
-        maps = self.maps((pixels.float() - 127) / 128)
+        device = self._convolutions["_conv_stem"][0].device
+        maps = self.maps((pixels.to(device).float() - 127) / 128)
         return {layer: (maps[layer].mean((2, 3)), maps[layer].flatten(2).transpose(1, 2)) for layer in wanted}
 
     def maps(self, x: Tensor) -> dict[int, Tensor]:

@@ -30,8 +30,11 @@ class Encoder(Protocol):
     def identity(self) -> Mapping[str, Any]:
         """What decides its features: hash of its weights, and preprocessing. Plain values."""
 
+    def move(self, device: torch.device) -> None:
+        """Compute there from now on."""
+
     def pixels(self, image: Image) -> Tensor:
-        """What `layers` takes of one image, (3, side, side), uint8 or float32."""
+        """What `layers` takes of one image, (3, side, side), uint8 or float32, on the CPU."""
 
     def layers(self, pixels: Tensor, wanted: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
         """For each wanted layer its global vector, (images, width), and its tokens, (images, count, width)."""

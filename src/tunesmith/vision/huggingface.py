@@ -36,6 +36,10 @@ class VisionTransformer:
         """See `Encoder`."""
         return {"weights": self._sha256, **self._steps}
 
+    def move(self, device: torch.device) -> None:
+        """See `Encoder`."""
+        self._model.to(device)
+
     def pixels(self, image: Image) -> Tensor:
         """(3, side, side), float32."""
         steps = self._steps
@@ -45,7 +49,8 @@ class VisionTransformer:
 
     def layers(self, pixels: Tensor, wanted: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
         """See `Encoder`."""
-        states = self._model(pixel_values=pixels, output_hidden_states=True).hidden_states
+        given = pixels.to(self._model.device)
+        states = self._model(pixel_values=given, output_hidden_states=True).hidden_states
         first = int(self._class_token)
         return {
             layer: (states[layer][:, 0] if self._class_token else states[layer].mean(1), states[layer][:, first:])

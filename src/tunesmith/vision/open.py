@@ -73,18 +73,30 @@ class Gallery:
         """Compute and keep what these looks make of these images. Raises DataError for one that is broken."""
         for name in dict.fromkeys(look.encoder for look in looks):
             own, encoder = [look for look in looks if look.encoder == name], self.encoder(name)
-            for first in range(0, len(pictures), SHARD):
-                shard = pictures[first : first + SHARD]
-                found: dict[Look, dict[str, Tensor]] = {look: {} for look in own}
-                for start in range(0, len(shard), BATCH):
-                    batch = shard[start : start + BATCH]
-                    pixels = torch.stack([encoder.pixels(decode(p.read(), p.where, p.image)) for p in batch])
-                    for look, values in features(encoder, pixels, own).items():
-                        found[look] |= zip([p.key for p in batch], values, strict=True)
-                    if done is not None:
-                        done(len(batch))
-                for look, values_of in found.items():
-                    self.cache(look).put(values_of)
+            caches = {look: self.cache(look) for look in own}
+            encoder.move(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+            try:
+                for first in range(0, len(pictures), SHARD):
+                    shard = pictures[first : first + SHARD]
+                    for look, found in _computed(encoder, shard, own, done).items():
+                        caches[look].put(found)
+            finally:
+                encoder.move(torch.device("cpu"))  # the model's memory is not its own
+
+
+def _computed(
+    encoder: Encoder, pictures: Sequence[Seen], looks: Sequence[Look], done: Callable[[int], None] | None
+) -> dict[Look, dict[str, Tensor]]:
+    """What each look makes of these images, by their keys."""
+    found: dict[Look, dict[str, Tensor]] = {look: {} for look in looks}
+    for start in range(0, len(pictures), BATCH):
+        batch = pictures[start : start + BATCH]
+        pixels = torch.stack([encoder.pixels(decode(p.read(), p.where, p.image)) for p in batch])
+        for look, values in features(encoder, pixels, looks).items():
+            found[look] |= zip([p.key for p in batch], values, strict=True)
+        if done is not None:
+            done(len(batch))
+    return found
 
 
 @dataclass(frozen=True, eq=False)
