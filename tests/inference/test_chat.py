@@ -12,7 +12,7 @@ import torch
 from tunesmith.data.encode import encode_prompt
 from tunesmith.data.schemas import chat_row
 from tunesmith.data.templates import get_template
-from tunesmith.errors import AdapterError, GenerationError
+from tunesmith.errors import AdapterError, DataError, GenerationError
 from tunesmith.inference import ChatSession, GenerationSettings, generate, run_chat
 from tunesmith.inference.chat import Terminal, visible
 
@@ -268,3 +268,27 @@ def test_ctrl_c_in_the_terminal_stops_the_answer_only(session: ChatSession) -> N
 
 def test_control_characters_do_not_reach_a_terminal() -> None:
     assert visible("a\x1b[2Jb\tc\nd\x9b\u202e é漢") == "a\ufffd[2Jb\tc\nd\ufffd\ufffd é漢"
+
+
+def test_history_and_taking_back(session: ChatSession) -> None:
+    session.system = "be kind"
+    out, err = talk(session, "/history\nhello\nmore\n/history\n/undo\n/reset\n")
+    assert "nothing was said yet" in err
+    assert f"system: be kind\nuser: hello\nassistant: {out[0]}\nuser: more\nassistant: {out[1]}\n" in err
+    assert "taken back: more" in err
+    with pytest.raises(GenerationError, match="/undo: nothing was said yet"):
+        talk(session, "/undo\n")
+
+
+def test_an_answer_after_taking_back_is_as_if_nothing_had_been_said(session: ChatSession) -> None:
+    first = ask(session, "hello")
+    ask(session, "more")
+    assert session.undo() == "more"
+    messages = [user("hello"), {"role": "assistant", "content": first}, user("other")]
+    assert ask(session, "other") == fresh(session, messages)
+
+
+def test_input_that_is_no_text_is_named(session: ChatSession) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(b"hello\n\xff\xfe\n"), encoding="utf-8")
+    with pytest.raises(DataError, match="stdin: is not UTF-8"):
+        Terminal(session, stream, io.StringIO(), io.StringIO(), interactive=False).run()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tunesmith.errors import GenerationError, TunesmithError, did_you_mean
 from tunesmith.files import atomic_write_text
+from tunesmith.inference.keyboard import Read, reader
 from tunesmith.inference.sample import GenerationSettings
 from tunesmith.inference.session import ChatSession, transcript
 from tunesmith.model.llama import Llama
@@ -66,25 +71,32 @@ class Terminal:
     stderr: TextIO
     interactive: bool
     leaving: bool = field(default=False, init=False)
+    stopping: bool = field(default=False, init=False)
+    ask: Read = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ask = reader(self.stdin, self.stderr, self.interactive, self.words)
 
     def run(self) -> None:
         """See run_chat."""
         if self.interactive:
-            _enable_line_editing()
             self.note("/help lists the commands; Ctrl-D leaves")
         while not self.leaving:
             try:
                 text = self.read()
-            except KeyboardInterrupt:
+                if text is None:
+                    break
+                if text.strip():
+                    self.handle(text)
+            except KeyboardInterrupt:  # while a line is typed, or by a second Ctrl-C before the answer's first word
                 self.note("")
                 self.note("Ctrl-D or /exit leaves")
-                continue
-            if text is None:
-                break
-            if text.strip():
-                self.handle(text)
         if self.interactive:
             self.note("")
+
+    def words(self) -> dict[str, list[str]]:
+        """The commands, and the adapters' names after /adapter: what a line may be completed to."""
+        return {name: [*self.session.names, "off"] if name == "/adapter" else [] for name in COMMANDS}
 
     def handle(self, text: str) -> None:
         """Carry out a command, or answer."""
@@ -100,10 +112,15 @@ class Terminal:
 
     def answer(self, text: str) -> None:
         """Print the answer as it comes."""
+        pieces = self.session.say(text)
         try:
-            for piece in self.session.say(text):
-                self.stdout.write(visible(piece) if self.stdout.isatty() else piece)
-                self.stdout.flush()
+            with self.stoppable():
+                for piece in pieces:
+                    self.stdout.write(visible(piece) if self.stdout.isatty() else piece)
+                    self.stdout.flush()
+                    if self.stopping:
+                        pieces.close()  # between two tokens: what was said of the answer joins the history
+                        raise KeyboardInterrupt
         except KeyboardInterrupt:
             self.note(" [stopped]")
         finally:
@@ -114,6 +131,25 @@ class Terminal:
             self.note(f"[cut off after {len(last.ids)} tokens; /settings max_new_tokens=N allows more]")
         while self.session.notices:
             self.note(self.session.notices.pop(0))
+
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Let the first Ctrl-C be looked at between two tokens, and only a second one break in where it strikes."""
+        self.stopping = False
+        if not self.interactive or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = True
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def command(self, text: str) -> None:
         """Carry out a line that begins with a slash. Raises GenerationError for an unknown one."""
@@ -142,21 +178,15 @@ class Terminal:
         """Lines of the input, the first with a prompt before it."""
         prompt = "> "
         while True:
-            if self.interactive and self.stdin is sys.stdin:
-                try:
-                    yield input(prompt)
-                except EOFError:
-                    return
-            else:
-                line = self.stdin.readline()
-                if not line:
-                    return
-                yield line.removesuffix("\n").removesuffix("\r")
+            try:
+                yield self.ask(prompt)
+            except EOFError:
+                return
             prompt = ". "
 
     def note(self, line: str) -> None:
         """Say something that is not the model's."""
-        self.stderr.write(line + "\n")
+        self.stderr.write((visible(line) if self.stderr.isatty() else line) + "\n")
         self.stderr.flush()
 
 
@@ -181,13 +211,6 @@ def _quoted(first: str, lines: Iterator[str]) -> str:
             break
         line = next(lines, None)
     return "\n".join(said).strip("\n")
-
-
-def _enable_line_editing() -> None:
-    try:
-        import readline  # noqa: F401  -- importing it is what gives input() editing and history
-    except ImportError:
-        return
 
 
 @dataclass(frozen=True)
@@ -254,6 +277,22 @@ def _image(terminal: Terminal, name: str) -> None:
     terminal.note("image: none" if seen is None else f"image: {getattr(seen, 'image', 'given')}")
 
 
+def _history(terminal: Terminal, _: str) -> None:
+    session = terminal.session
+    said = [{"role": "system", "content": session.system}] if session.system else []
+    for message in [*said, *session.messages]:
+        terminal.note(f"{message['role']}: {message['content']}")
+    if not session.messages:
+        terminal.note("nothing was said yet")
+
+
+def _undo(terminal: Terminal, _: str) -> None:
+    taken = terminal.session.undo()
+    if taken is None:
+        raise GenerationError("/undo: nothing was said yet")
+    terminal.note(f"taken back: {taken}")
+
+
 def _save(terminal: Terminal, name: str) -> None:
     if not name:
         raise GenerationError("/save: name a file, for example /save talk.jsonl")
@@ -268,6 +307,7 @@ def _help(terminal: Terminal, _: str) -> None:
     for command in COMMANDS.values():
         terminal.note(f"{command.usage:<24} {command.help}")
     terminal.note(f"a line that ends with \\ goes on; {QUOTES} opens and closes a text of several lines")
+    terminal.note("with prompt_toolkit: Alt-Enter begins a new line, and what is pasted is one message")
     terminal.note("Ctrl-C stops the answer; Ctrl-D leaves")
 
 
@@ -278,6 +318,8 @@ def _exit(terminal: Terminal, _: str) -> None:
 COMMANDS: dict[str, Command] = {
     "/adapter": Command("/adapter [NAME|off]", "show the adapters, or let one act; off: the bare base", _adapter),
     "/system": Command("/system [TEXT]", "set the system message; without a text there is none", _system),
+    "/history": Command("/history", "show the conversation", _history),
+    "/undo": Command("/undo", "take back the last question and its answer", _undo),
     "/reset": Command("/reset", "forget the conversation", _reset),
     "/settings": Command("/settings [name=value]", "show or change how answers are generated", _settings),
     "/image": Command("/image [FILE|off]", "talk about an image, if the adapter looks at images", _image),

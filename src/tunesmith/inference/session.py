@@ -5,7 +5,7 @@ history + question -> template -> tokens -> [ drop from the cache what differs, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -100,7 +100,15 @@ class ChatSession:
         self.messages = []
         self._forget()
 
-    def say(self, text: str) -> Iterator[str]:
+    def undo(self) -> str | None:
+        """Take back the last question and its answer; returns the question, None where there is none."""
+        if not self.messages:
+            return None
+        question = self.messages[-2]["content"]
+        del self.messages[-2:]
+        return question
+
+    def say(self, text: str) -> Generator[str]:
         """Answer `text`, piece by piece.
 
         However the answer ends, by itself, by closing the iterator or by Ctrl-C, what was shown of it joins the
