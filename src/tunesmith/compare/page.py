@@ -129,7 +129,7 @@ def _fronts(table: Table) -> str:
         ("forgotten", table.forgotten),
     ]
     sign = 1 if table.figures[main].higher_is_better else -1
-    methods = list(dict.fromkeys(line.method for line in table.lines))
+    methods = _methods(table)
     plots = []
     for across, cost in asked:
         known = [(line, x) for line in table.lines if main in line.figures and (x := cost(line)) is not None]
@@ -149,18 +149,27 @@ def _fronts(table: Table) -> str:
 
 
 def _curves(table: Table) -> str:
-    """Training and held-out loss of the first seed of each line, a few lines a plot."""
-    plots = []
-    for what, name in (("training loss", "loss"), ("held-out loss", "held_out")):
-        for method in dict.fromkeys(line.method for line in table.lines):
-            lines = [line for line in table.lines if line.method == method]
-            groups = [lines[at : at + LINES_A_PLOT] for at in range(0, len(lines), LINES_A_PLOT)]
-            for part_of, group in enumerate(groups, 1):
-                part = f" ({part_of} of {len(groups)})" if len(groups) > 1 else ""
-                series = [(line.letter, getattr(line.cells[0], name)) for line in group]
-                plots.append(curves(f"{method}: {what}{part}", what, series))
+    """Training and held-out loss of the first seed of each line: all together, or by method where they are many."""
+    groups = [("", list(table.lines))]
+    if len(table.lines) > LINES_A_PLOT:
+        of = {method: [line for line in table.lines if line.method == method] for method in _methods(table)}
+        groups = [
+            (f"{method}: ", lines[at : at + LINES_A_PLOT])
+            for method, lines in of.items()
+            for at in range(0, len(lines), LINES_A_PLOT)
+        ]
+    plots = [
+        curves(f"{name}{what}", what, [(line.letter, getattr(line.cells[0], key)) for line in lines])
+        for what, key in (("training loss", "loss"), ("held-out loss", "held_out"))
+        for name, lines in groups
+    ]
     drawn = [plot for plot in plots if plot]
     return f'<div class="plots">{"".join(drawn)}</div>' if drawn else ""
+
+
+def _methods(table: Table) -> list[str]:
+    """The methods of the lines, in the order of the grid."""
+    return list(dict.fromkeys(line.method for line in table.lines))
 
 
 def _samples(table: Table) -> str:
