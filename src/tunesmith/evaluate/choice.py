@@ -205,4 +205,4 @@ def _by_stratum(questions: Sequence[Question], right: Sequence[bool]) -> dict[st
     for one, hit in zip(questions, right, strict=True):
         for stratum in one.strata:
             members.setdefault(stratum, []).append(hit)
-    return {f"acc.{stratum}": share(hits) for stratum, hits in members.items()}
+    return {f"acc.{stratum}": share(members[stratum]) for stratum in sorted(members)}
