@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 LEVELS = [  # a room imports from its own level, without circles, and from the levels after it
     {"__init__", "__main__", "cli", "api", "demo", "plan", "workflow", "prepare", "folders", "scratch", "cells"}
-    | {"tournament", "predict", "evaluation", "forgetting", "spectra"},
+    | {"tournament", "predict", "evaluation", "forgetting", "spectra", "footprint", "calibrate"},
     {"compare", "serve", "export"},
     {"train", "evaluate", "inference"},
     {"data", "adapters", "vision"},

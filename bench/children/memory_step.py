@@ -20,9 +20,10 @@ from tunesmith.model.quantize import spec_of
 from tunesmith.model.shadow import load_shapes
 from tunesmith.plan import made_up
 from tunesmith.tokenizer import load_tokenizer
-from tunesmith.train.loop import Trainer, make_plan
+from tunesmith.train.loop import Trainer
 from tunesmith.train.memory import resident_memory
 from tunesmith.train.planner import IMPORTS, Work, plan
+from tunesmith.train.steps import make_plan
 from tunesmith.workflow import train_run  # what a run imports
 
 STEPS = 2

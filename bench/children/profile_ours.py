@@ -76,7 +76,8 @@ def build(wanted: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
     from tunesmith.config import load_run
     from tunesmith.footprint import chosen, work_of
     from tunesmith.prepare import attach_adapter, load_base, load_data, template_for
-    from tunesmith.train.loop import Trainer, make_plan
+    from tunesmith.train.loop import Trainer
+    from tunesmith.train.steps import make_plan
 
     class Marked(Trainer):
         """The Trainer, its parts under names."""

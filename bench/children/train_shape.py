@@ -18,7 +18,8 @@ def main() -> None:
     from tunesmith.adapters import attach
     from tunesmith.config.sections import TrainSection
     from tunesmith.data.encode import Example
-    from tunesmith.train.loop import Trainer, make_plan
+    from tunesmith.train.loop import Trainer
+    from tunesmith.train.steps import make_plan
 
     torch.manual_seed(wanted["seed"])
     device, out = wanted["device"], Path(wanted["out"])

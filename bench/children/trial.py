@@ -19,7 +19,8 @@ from tunesmith.data.catalog import resolve_data
 from tunesmith.model.native import select
 from tunesmith.prepare import Data, Loaded, attach_adapter, load_base, load_data, template_for
 from tunesmith.train.checkpoint import seed_everything
-from tunesmith.train.loop import Trainer, make_plan
+from tunesmith.train.loop import Trainer
+from tunesmith.train.steps import make_plan
 
 PACK_TOKENS = 2048  # a batch of 16 reviews is one pack, on every machine
 

@@ -25,9 +25,9 @@ from tunesmith.model.shapes import shape, shapes
 from tunesmith.model.sparse import pattern_of
 from tunesmith.prepare import base_of, check_precision, choose_device, choose_dtype
 from tunesmith.scratch import check_trains_all, describe, is_random
-from tunesmith.train.loop import shares_prefix
 from tunesmith.train.memory import usable_memory
 from tunesmith.train.planner import Choice, Work, choose
+from tunesmith.train.steps import shares_prefix
 
 
 def work_of(

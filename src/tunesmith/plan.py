@@ -16,10 +16,10 @@ from tunesmith.model.config import ModelConfig
 from tunesmith.model.quantize import held_weights
 from tunesmith.model.sight import StandIn
 from tunesmith.prepare import load_data, sizes_and_tokenizer, template_for
-from tunesmith.train.loop import make_plan
 from tunesmith.train.memory import GIB, usable_memory
 from tunesmith.train.padded import padded_bytes
 from tunesmith.train.planner import Choice, Work, choose, least, plan, with_step
+from tunesmith.train.steps import make_plan
 
 REFERENCE_ROWS = 4  # of a padded micro-batch where train.micro_batch does not say
 

@@ -8,7 +8,8 @@ from tests.laws import small
 
 from tunesmith.adapters import attach
 from tunesmith.config import TrainSection
-from tunesmith.train.loop import Trainer, make_plan
+from tunesmith.train.loop import Trainer
+from tunesmith.train.steps import make_plan
 
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}
 

@@ -17,7 +17,8 @@ from tunesmith.adapters import attach
 from tunesmith.config import TrainSection
 from tunesmith.data.pack import Pack
 from tunesmith.model import allocator
-from tunesmith.train.loop import Trainer, make_plan
+from tunesmith.train.loop import Trainer
+from tunesmith.train.steps import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -124,7 +125,8 @@ from tunesmith.config import TrainSection
 from tunesmith.data.encode import Example
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.llama import Llama
-from tunesmith.train.loop import Trainer, make_plan
+from tunesmith.train.loop import Trainer
+from tunesmith.train.steps import make_plan
 from pathlib import Path
 
 class Lines:

@@ -40,13 +40,12 @@ from tunesmith.train.loss import pack_loss
 from tunesmith.train.memory import give_back_memory
 from tunesmith.train.optim import (
     LossScaler,
-    Schedule,
     build_optimizer,
     clip_gradients,
     set_learning_rate,
-    warmup_in_steps,
 )
 from tunesmith.train.order import row_order
+from tunesmith.train.steps import Plan
 
 
 class Reporter(Protocol):
@@ -62,21 +61,6 @@ class Reporter(Protocol):
 Evaluator = Callable[[], Mapping[str, float]]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The resolved arithmetic of a run: what follows from settings, data and method before the first step."""
-
-    steps: int
-    steps_per_epoch: int
-    batch_size: int
-    pack_tokens: int
-    micro_batch: int | None
-    share_prefix: bool
-    schedule: Schedule
-    eval_steps: int
-    save_steps: int
-
-
 @dataclass
 class Progress:
     """What changes while a run goes on, beside parameters, optimizer and random state; it travels in checkpoints."""
@@ -90,35 +74,6 @@ class Progress:
     worse: int = 0  # evaluations since the best one
     last_loss: float | None = None
     evaluations: list[dict[str, float]] = field(default_factory=list)
-
-
-def make_plan(
-    settings: TrainSection, rows: int, *, learning_rate: float, pack_tokens: int, dropout: bool, eval_steps: int | None
-) -> Plan:
-    """Turn settings into numbers of optimizer steps.
-
-    `dropout`: does the adapter draw some?
-    """
-    per_epoch = math.ceil(rows / settings.batch_size)
-    steps = max(1, math.ceil(per_epoch * settings.epochs))
-    steps = min(steps, settings.max_steps) if settings.max_steps else steps
-    warmup = warmup_in_steps(steps, settings.warmup_steps, settings.warmup_ratio)
-    return Plan(
-        steps=steps,
-        steps_per_epoch=per_epoch,
-        batch_size=settings.batch_size,
-        pack_tokens=pack_tokens,
-        micro_batch=settings.micro_batch,
-        share_prefix=shares_prefix(settings, dropout),
-        schedule=Schedule(settings.schedule, learning_rate, steps, warmup),
-        eval_steps=eval_steps or per_epoch,
-        save_steps=settings.save_steps or per_epoch,
-    )
-
-
-def shares_prefix(settings: TrainSection, dropout: bool) -> bool:
-    """Are shared tokens computed once? Not where each example draws its own dropout, an adapter's or attention's."""
-    return settings.share_prefix and not (dropout or settings.attention_dropout)
 
 
 def read_checkpoint(checkpoint: Path, fingerprint: str) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
