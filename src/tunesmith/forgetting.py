@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import api
+from tunesmith.adapters.peft_format import adapter_folder
 from tunesmith.errors import AdapterError, ConfigError
 from tunesmith.evaluate.forgetting import forgetting as compare
 from tunesmith.evaluate.held_out import evaluate_rows
@@ -49,7 +50,7 @@ def forgetting(
     metrics are named. A method that trained the base's own weights cannot be switched off: its base is loaded again.
     Raises ConfigError, DataError before a model is loaded, AdapterError for what holds no adapter.
     """
-    folder = api.adapter_folder(Path(target))
+    folder = adapter_folder(Path(target))
     if folder is None:
         raise AdapterError(f"{target}: holds no adapter, so nothing was learnt or forgotten; give a run or an adapter")
     if not general:

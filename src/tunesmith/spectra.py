@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tunesmith import api
 from tunesmith.adapters import Adapter
+from tunesmith.adapters.peft_format import adapter_folder
 from tunesmith.errors import AdapterError
 from tunesmith.evaluate.changes import compared, directions, spectra
 from tunesmith.model.load import open_weights
@@ -39,7 +40,7 @@ def spectrum(
 
 
 def _load(target: str | Path, base: str | None) -> tuple[Loaded, Adapter]:
-    folder = api.adapter_folder(Path(target))
+    folder = adapter_folder(Path(target))
     if folder is None:
         raise AdapterError(f"{target}: holds no adapter; give a run folder or an adapter folder")
     loaded = api.load(base, adapter=folder) if base is not None else api.load(target)
