@@ -11,7 +11,7 @@ from tunesmith.serve.engine import Limits
 
 httpx = pytest.importorskip("httpx", reason="NOT TESTED: pip install httpx")
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-EXAMPLES = 15  # a route and kind of input
+EXAMPLES = 10  # a route and kind of input
 
 
 @pytest.fixture(scope="module")
