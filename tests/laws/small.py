@@ -90,7 +90,7 @@ def examples(seed: int = 0, count: int = 8, vocab: int = VOCAB, prefix: int = 13
 
 
 def run_packs(
-    model: Llama, packs: Iterable[Pack], adapter: Adapter, loss: Loss = pack_loss, recompute: bool = False
+    model: Llama, packs: Iterable[Pack], adapter: Adapter, loss: Loss = pack_loss, recompute: bool | str = False
 ) -> tuple[float, Tensor]:
     """One optimizer step's loss (a mean over supervised tokens) and the gradient of what is trained, as one vector."""
     packs = list(packs)
