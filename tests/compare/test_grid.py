@@ -109,6 +109,19 @@ def test_the_key_says_what_a_result_depends_on(tmp_path):
     assert len(keys) == 5 and cell.key({}) not in keys
 
 
+def test_defaults_are_no_part_of_the_key(tmp_path):
+    """A setting that a later version adds must not make other cells."""
+    (cell,) = grid_of(tmp_path, BASE + "axes: {train.beta2: [0.95]}\n").cells
+    assert cell.identity["run"] == {
+        "model.path": "m",
+        "data.train": "d",
+        "adapter": {"kind": "lora"},
+        "train.beta2": 0.95,
+        "evaluate.best": "eval_loss",
+        "evaluate.samples": 0,
+    }
+
+
 def test_changed_data_change_the_key(tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("{}", encoding="utf-8")
