@@ -55,10 +55,11 @@ from tunesmith.scratch import check_trains_all
 from tunesmith.train.checkpoint import seed_everything
 from tunesmith.train.guards import check_prompts, check_tokenizer_ids, explain_nonfinite
 from tunesmith.train.log import MetricsFile, Progress, check_trackers, open_trackers
-from tunesmith.train.loop import Plan, Trainer, make_plan, read_checkpoint
+from tunesmith.train.loop import Trainer, read_checkpoint
 from tunesmith.train.memory import GIB, peak_memory
 from tunesmith.train.planner import MemoryPlan
 from tunesmith.train.reporter import RunLog
+from tunesmith.train.steps import Plan, make_plan
 from tunesmith.vision.open import look_all
 
 if TYPE_CHECKING:
@@ -155,7 +156,9 @@ def _check_data(run: Run, loaded: Loaded, data: Data, console: Console) -> None:
     asked = {"metrics": evaluate.metrics, "patience": evaluate.patience, "general": evaluate.general}
     for key, value in asked.items():
         if value and data.valid is None:
-            raise ConfigError(f"evaluate.{key}: there are no held-out rows to measure on; give data.valid, or data.valid_size")
+            raise ConfigError(
+                f"evaluate.{key}: there are no held-out rows to measure on; give data.valid, or data.valid_size"
+            )
 
 
 def _all_rows(data: Data) -> list[Example]:

@@ -246,8 +246,8 @@ class TrainSection:
     )
     memory: Literal["auto", "fixed"] = Field(
         default="auto",
-        description="Make the run fit: auto recomputes where it must, and halves packs if memory runs out all the same; "
-        "fixed stops instead.",
+        description="Make the run fit: auto recomputes where it must, and halves packs if memory runs out all the "
+        "same; fixed stops instead.",
     )
     shuffle: bool = Field(default=True, description="Visit rows in a new random order each epoch.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of initialisation, shuffling and dropout.")

@@ -52,7 +52,9 @@ def tokenizer_fields(tokenizer: Tokenizer, rows: int, chat_template: str | None)
         spec = _json(Path(name) / "tokenizer.json")
         kind = "BPE" if spec is None else spec["model"].get("type")
         if kind != "BPE":
-            raise TokenizerError(f"{tokenizer.where}: a {kind} tokenizer has no form that llama.cpp reads; export to hf")
+            raise TokenizerError(
+                f"{tokenizer.where}: llama.cpp has no form of a {kind} tokenizer; export to hf instead"
+            )
         model = Path(name) / "tokenizer.model"
         fields = _from_json(spec, tokenizer) if spec is not None else _from_model(model.read_bytes(), tokenizer)
         notes = [_NFC] if spec is not None and _composes(spec) else []
