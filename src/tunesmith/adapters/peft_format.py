@@ -170,10 +170,10 @@ def load_adapter(
     except ConfigError as error:
         raise AdapterError(f"{info.folder}: {error}") from None
     if routed and adapter.base:
-        held = next(iter(adapter.base))
+        weight = next(iter(adapter.base))
         _take_off(adapter, model)
         raise AdapterError(
-            f"{info.folder}: its method ({adapter.kind}) trains weights of the base itself, such as {held}, so it "
+            f"{info.folder}: its method ({adapter.kind}) trains weights of the base itself, such as {weight}, so it "
             "cannot act on some requests and not on others; merge it, and serve the merged model by itself"
         )
     _fill(adapter, state, model, str(info.weights))
