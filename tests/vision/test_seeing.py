@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from tunesmith.data.encode import encode_prompt, encode_rows
 from tunesmith.data.pack import plan_packs
 from tunesmith.data.schemas import read_row, recognise
 from tunesmith.data.templates import get_template
+from tunesmith.evaluate.choice import ChoiceSettings, measure, question
+from tunesmith.evaluate.subject import Subject
 from tunesmith.export.verify import verify_run
 from tunesmith.inference.generate import generate
 from tunesmith.inference.sample import GenerationSettings
@@ -227,3 +230,31 @@ def test_a_missing_image_is_named_before_training(world: World, tmp_path: Path) 
     words = ["--model", world.base, "--data", tmp_path / "rows.jsonl", "data.template=plain", adapter]
     code, _, err = world.run("train", *words, "--output-dir", tmp_path)
     assert code == 2 and "rows.jsonl:1: image" in err and "gone.png: no such file" in err
+
+
+def test_questions_of_a_task_are_asked_about_their_images(seeing: Path, tmp_path: Path) -> None:
+    loaded = api.load(seeing)
+    template, adapters = api.acting(loaded)
+    subject = Subject(loaded.model, loaded.tokenizer, template, adapters=adapters)
+    files = [write_image(tmp_path / f"{colour}.png", colour, seed=902) for colour in COLOURS]
+    asked = [question(f"q{i}", QUESTION, list(COLOURS), i, image=file) for i, file in enumerate(files)]
+    settings = ChoiceSettings(template=True)
+    assert measure(subject, asked, settings).figures["acc"].value == 1
+    blind = [replace(one, image=None) for one in asked]
+    assert abs(measure(subject, blind, settings).figures["acc"].value - CHANCE) < 0.01
+
+
+def test_batches_without_an_image_are_steps_too(world: World, tmp_path: Path) -> None:
+    """Where visual tokens alone are trained, such a batch has nothing to learn from; the run goes on."""
+    rows = [{"instruction": f"{QUESTION} {i}", "output": "red"} for i in range(8)]
+    rows[5]["image"] = str(write_image(tmp_path / "red.png", "red"))
+    write_rows(tmp_path / "rows.jsonl", rows)
+    adapter = {"kind": "image_projection", "encoder": world.encoder}
+    words = {"adapter": adapter, "data.template": "plain", "train.batch_size": 2, "model.dtype": "float32"}
+    given = [f"{key}={json.dumps(value)}" for key, value in {**words, "train.shuffle": False}.items()]
+    where = ["--model", world.base, "--data", tmp_path / "rows.jsonl", "--output-dir", tmp_path, "--name", "few"]
+    code, _, err = world.run("train", *where, *given)
+    assert code == 0 and "1 of 8 rows have an image" in err, err
+    lines = (tmp_path / "few" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    norms = [json.loads(line)["grad_norm"] for line in lines]
+    assert norms[:2] == [0, 0] and norms[2] > 0 and norms[3] == 0

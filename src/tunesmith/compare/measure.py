@@ -23,6 +23,7 @@ from tunesmith.evaluate.subject import Subject
 from tunesmith.evaluate.suite import read_tasks, run_tasks
 from tunesmith.model.llama import Llama
 from tunesmith.tokenizer import Tokenizer
+from tunesmith.vision.open import rows_seen
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Subjects:
             kept = {"instruction": data.instruction, "cutoff": data.cutoff, "cut": data.cut, "labels": data.labels}
             section = DataSection(train=asked.data, **kept)  # type: ignore[arg-type]
             rows = read_split(section, asked.split)
-        rows = rows[: asked.rows]
+        rows = rows_seen(rows[: asked.rows], self.model.needs().looks)
         encoded = encode_rows(rows, template, self.tokenizer, cutoff=section.cutoff, cut=section.cut)
         found = section.labels or labels(rows)
         return replace(bare, rows=tuple(rows), examples=encoded.examples, labels=tuple(found))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from pydantic.dataclasses import dataclass as settings_class
 from torch import Tensor
 
 from tunesmith.config import STRICT
-from tunesmith.data.encode import encode_prompt
+from tunesmith.data.encode import Prompt, encode_prompt
 from tunesmith.data.schemas import chat_row
 from tunesmith.errors import ConfigError
 from tunesmith.evaluate.calibration import BINS, calibration_error, confidence_of
@@ -31,7 +32,9 @@ from tunesmith.evaluate.subject import Subject
 from tunesmith.evaluate.tasks import Result
 from tunesmith.inference.prefill import context_limit
 from tunesmith.inference.score import score_pairs
+from tunesmith.model.sight import Picture
 from tunesmith.tokenizer import Tokenizer
+from tunesmith.vision.open import open_image
 
 CHUNK = 256  # questions whose tokens are held at once
 
@@ -56,7 +59,7 @@ class Question:
 
     `contexts` stand before the `continuations`, one each; they differ only where an option fills a blank. `choices`:
     the options themselves, whose length counts. `group`: whose examples fit, such as a subject. `strata`: what it
-    counts in. Under a template `asked` is the user's turn and `replies` the answers.
+    counts in. Under a template `asked` is the user's turn and `replies` the answers. `image`: for models that look.
     """
 
     source: str
@@ -68,6 +71,7 @@ class Question:
     strata: tuple[str, ...] = ()
     asked: str = ""
     replies: tuple[str, ...] = ()
+    image: Path | bytes | Picture | None = None
 
     @property
     def solved(self) -> str:
@@ -116,13 +120,15 @@ def measure(subject: Subject, questions: Sequence[Question], settings: ChoiceSet
     """`acc`, `acc_norm` and `acc_bytes` where options differ in length, `ece`, and `acc.STRATUM` of each stratum."""
     scores: list[Tensor] = []
     truncated = 0
+    looks = subject.model.needs(subject.adapters).looks
     for first in range(0, len(questions), CHUNK):
         pairs, names = [], []
         for one in questions[first : first + CHUNK]:
+            seen = open_image(one.image, one.source) if looks and isinstance(one.image, Path | bytes) else None
             for option, pair in enumerate(encode(subject, one, settings.template), 1):
                 fitting = fit(pair, context_limit(subject.model.config))
                 truncated += fitting is not pair
-                pairs.append(fitting)
+                pairs.append((Prompt(fitting[0], seen), fitting[1]) if seen is not None else fitting)
                 names.append(f"{one.source}: option {option}")
         found = score_pairs(subject.model, pairs, adapters=subject.adapters, pack_tokens=subject.budget, names=names)
         logprobs = iter(score.logprob for score in found)

@@ -36,7 +36,8 @@ def put(row: Row) -> Question:
     replies = tuple(f"The answer is ({letter})" for letter in letters)
     asked = row.turns[-2].text
     answer = letters.index(row.label or "")
-    return question(row.source, f"{asked}\nAnswer:", replies, answer, strata=strata(row), asked=asked, replies=replies)
+    rest = {"strata": strata(row), "asked": asked, "replies": replies, "image": row.image}
+    return question(row.source, f"{asked}\nAnswer:", replies, answer, **rest)
 
 
 def read(path: Path, settings: ScienceSettings) -> Sequence[Question]:
