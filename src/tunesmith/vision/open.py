@@ -24,7 +24,7 @@ from tunesmith.vision.cache import FeatureCache
 from tunesmith.vision.encoders import Encoder, features, open_encoder
 from tunesmith.vision.images import decode, read_bytes
 
-BATCH = 64  # images encoded at once
+BATCH = 16  # images encoded at once: 80 MB of feature maps
 SHARD = 256  # images in a file of the cache
 HELD = 256 << 20  # bytes of features held in memory
 
