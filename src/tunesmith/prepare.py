@@ -33,6 +33,7 @@ from tunesmith.quant.storage import Spec
 from tunesmith.scratch import describe, is_random, write_base
 from tunesmith.tokenizer import Tokenizer, check_fits, load_tokenizer
 from tunesmith.train.memory import check_weights_fit
+from tunesmith.train.optim import choose_optimizer
 from tunesmith.vision.open import open_rows
 
 if TYPE_CHECKING:
@@ -259,6 +260,13 @@ def resolve(run: Run, loaded: Loaded, kernels: str) -> Run:
     return replace(run, model=model, train=train)
 
 
+def settle_optimizer(run: Run, device: torch.device) -> tuple[Run, tuple[str, ...]]:
+    """The run with the optimizer and the offload that there are on `device`, and a line for each that is another."""
+    choice = choose_optimizer(run.train.optimizer, run.train.offload, device)
+    train = replace(run.train, optimizer=choice.optimizer, offload=choice.offload)  # type: ignore[arg-type]
+    return replace(run, train=train), choice.notes
+
+
 def attach_adapter(run: Run, loaded: Loaded, name: str = "default") -> Adapter:
     """Attach the run's method to the loaded model."""
     adapter = attach(loaded.model, run.adapter, name, run.train.seed, loaded.tokenizer.encode)
@@ -280,7 +288,10 @@ def run_fingerprint(run: Run, loaded: Loaded, data: Data) -> str:
 
 # Settings that may change at a resume: they choose where a run stops and what is kept of it, not how it moves. The
 # number of epochs is not among them, since the schedule depends on it.
-_FREE: dict[str, Sequence[str]] = {"train": ("save_steps", "keep_checkpoints", "resume"), "evaluate": ("samples",)}
+_FREE: dict[str, Sequence[str]] = {
+    "train": ("save_steps", "keep_checkpoints", "resume", "offload"),
+    "evaluate": ("samples",),
+}
 
 
 def template_for(run: Run, tokenizer: Tokenizer) -> Template:

@@ -48,6 +48,7 @@ from tunesmith.prepare import (
     load_data,
     resolve,
     run_fingerprint,
+    settle_optimizer,
     show_report,
     template_for,
 )
@@ -103,9 +104,10 @@ def train_run(run: Run, console: Console, loaded: Loaded | None = None) -> Outco
     look_all([row.picture for row in _all_rows(data)], loaded.model.needs((adapter.name,)).looks)
     if line := check_prompts(adapter.kind, loaded.model.needs((adapter.name,)), data.train.examples):
         _say(console, f"train: {line}")
+    run, swapped = settle_optimizer(run, loaded.model.device)
     choice = chosen(work_of(run, data.train.examples, loaded.tokenizer.encode, loaded.path))
     planned = choice.memory
-    for line in (which, *([malloc] if malloc else ()), choice.why, *planned.lines()):
+    for line in (which, *([malloc] if malloc else ()), *swapped, choice.why, *planned.lines()):
         _say(console, line)
     run = resolve(with_choice(replace(run, name=folder.name), choice), loaded, kernels)
     plan = _steps(run, adapter, data)

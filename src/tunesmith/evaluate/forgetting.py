@@ -105,8 +105,9 @@ def _others(before: Result, after: Result) -> dict[str, Any]:
 def _together(names: Sequence[str], changes: Mapping[str, Change]) -> dict[str, Any]:
     """The mean over tasks, each counting alike; its variance is the sum of theirs over the square of their number."""
     before, after = (sum(getattr(changes[n], side) for n in names) / len(names) for side in ("before", "after"))
-    forgotten, interval = before - after, None
-    ends = [interval for n in names if (interval := changes[n].interval) is not None]
+    forgotten = before - after
+    interval: list[float] | None = None
+    ends = [found for n in names if (found := changes[n].interval) is not None]
     if len(ends) == len(names):
         middle = -math.fsum(low + high for low, high in ends) / 2 / len(names)
         half = math.hypot(*((high - low) / 2 for low, high in ends)) / len(names)

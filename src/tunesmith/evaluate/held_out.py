@@ -25,9 +25,7 @@ def read_split(section: DataSection, split: str) -> list[Row]:
     if split not in SPLITS:
         raise ConfigError(f"--split {split}: should be one of {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}")
     path = resolve_data(section.train)
-    splits = read_splits(
-        path, schema=section.schema, instruction=section.instruction, captions=section.captions
-    )
+    splits = read_splits(path, schema=section.schema, instruction=section.instruction, captions=section.captions)
     rows: list[Row] = splits.train if path.is_file() else getattr(splits, split)
     if not rows:
         raise DataError(f"{path}: has no {split} rows; choose another with --split")

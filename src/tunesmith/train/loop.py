@@ -40,8 +40,8 @@ from tunesmith.train.loss import pack_loss
 from tunesmith.train.memory import give_back_memory
 from tunesmith.train.optim import (
     LossScaler,
-    build_optimizer,
     clip_gradients,
+    optimizer_of,
     set_learning_rate,
 )
 from tunesmith.train.order import row_order
@@ -116,13 +116,8 @@ class Trainer:
         self.parameters = adapter.trainable
         adapter.begin(plan.steps)
         scales = {name: adapter.method.lr_scale(name, adapter.settings) for name in self.parameters}
-        self.optimizer = build_optimizer(
-            self.parameters,
-            learning_rate=plan.schedule.learning_rate,
-            weight_decay=settings.weight_decay,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
-            lr_scale=scales,
+        self.optimizer = optimizer_of(
+            settings, self.parameters, learning_rate=plan.schedule.learning_rate, lr_scale=scales, folder=folder
         )
         self.scaler = LossScaler(enabled=model.dtype == torch.float16)
         self.progress = Progress()

@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -67,8 +67,9 @@ def _padded(model: Llama, length: int, rows: int) -> Pack:
     return pack
 
 
-def _block(eager: int, block: Block, h: Tensor, ctx: Context) -> Tensor:
+def _block(eager: int, block: nn.Module, h: Tensor, ctx: Context) -> Tensor:
     """`Block.forward` by the plain formulas; attention of `eager` rows written out, or fused (0)."""
+    block = cast(Block, block)
     x = _norm(block.input_layernorm, h, ctx)
     h = h + block.after_attn(_attention(eager, block.self_attn, x, ctx), block, ctx, x)
     x = _norm(block.post_attention_layernorm, h, ctx)

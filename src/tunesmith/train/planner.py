@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from tunesmith.train.optim import state_bytes, workspace_bytes
 from tunesmith.train.order import heaviest_batches
 from tunesmith.train.simulate import StepBytes, scaled_step_bytes
 
+Recompute = bool | Literal["selective"]  # train.recompute
 IMPORTS = 250 << 20  # an interpreter that has imported all that a run needs
 RUNTIME = 130 << 20  # tokenizer, rows, threads' buffers, small tensors
 FRAGMENTS = 0.4  # malloc's heap holds this share more than live tensors, measured on packs of changing size
@@ -73,7 +75,7 @@ class Work:
     device: str = "cpu"
     native: bool = True  # element-wise work by native kernels (on a CPU)
     blocks: bool = True  # large tensors from allocator.cpp (on a CPU)
-    _steps: dict[tuple[int, bool | str], StepBytes] = field(default_factory=dict, compare=False, repr=False)
+    _steps: dict[tuple[int, Recompute], StepBytes] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def longest(self) -> int:
@@ -97,7 +99,7 @@ class Work:
             )
         ]
 
-    def step(self, pack_tokens: int, recompute: bool | str) -> StepBytes:
+    def step(self, pack_tokens: int, recompute: Recompute) -> StepBytes:
         """The most that a step holds, over the heaviest packs (remembered)."""
         key = pack_tokens, recompute
         if key not in self._steps:
@@ -107,7 +109,7 @@ class Work:
             self._steps[key] = max(found, key=lambda s: s.peak, default=StepBytes(0, 0, 0))
         return self._steps[key]
 
-    def _one(self, pack: Pack, recompute: bool | str) -> StepBytes:
+    def _one(self, pack: Pack, recompute: Recompute) -> StepBytes:
         return scaled_step_bytes(
             self.model,
             self.adapter,
@@ -125,7 +127,7 @@ def _pairs(pack: Pack) -> int:
 _SIZES: tuple[Callable[[Pack], int], ...] = (lambda pack: pack.layout.tokens, _pairs)
 
 
-def plan(work: Work, pack_tokens: int, recompute: bool | str = False) -> MemoryPlan:
+def plan(work: Work, pack_tokens: int, recompute: Recompute = False) -> MemoryPlan:
     """The memory plan of `work` with packs of at most `pack_tokens` tokens."""
     return with_step(work, work.step(pack_tokens, recompute))
 
@@ -181,7 +183,7 @@ class Choice:
     """What a run will use, with its plan, and a line that says why."""
 
     pack_tokens: int
-    recompute: bool | str
+    recompute: Recompute
     memory: MemoryPlan
     why: str
 
@@ -194,7 +196,9 @@ def choose(work: Work, available: int) -> Choice:
     the plan and the ways out.
     """
     settings, budget = work.train, int(available * SPARE)
-    ways = dict.fromkeys((settings.recompute, *(("selective", True) if settings.memory == "auto" else ())))
+    ways: list[Recompute] = [settings.recompute]
+    if settings.memory == "auto" and settings.recompute is not True:
+        ways += [True] if settings.recompute else ["selective", True]
     for recompute in ways:
         tokens = _largest(work, recompute, budget)
         if tokens is None:
@@ -216,7 +220,7 @@ def _bounds(work: Work) -> tuple[int, int]:
     return least(work), max(MOST.get(work.device, MOST["cpu"]), least(work))
 
 
-def _largest(work: Work, recompute: bool | str, budget: int) -> int | None:
+def _largest(work: Work, recompute: Recompute, budget: int) -> int | None:
     """The largest pack that fits, a multiple of STEP, found by halving; None where not even the longest row fits."""
     if work.train.pack_tokens:
         fits = plan(work, work.train.pack_tokens, recompute).total <= budget

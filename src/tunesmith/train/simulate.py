@@ -13,16 +13,17 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tunesmith.adapters import Adapter
 from tunesmith.data.pack import Pack
-from tunesmith.model.llama import Block, Llama
+from tunesmith.model.llama import Attention, Llama
 from tunesmith.model.native import shapes_only
 from tunesmith.train.loss import pack_loss
 
@@ -108,13 +109,13 @@ def scaled_step_bytes(
 ) -> StepBytes:
     """What `step_bytes` counts, from few blocks where all are alike: each further one holds as much again."""
     blocks = len(model.model.layers)
-    kind = {"recompute": recompute, "native": native, "dropout": dropout}
+    count = partial(step_bytes, model, adapter, pack, recompute=recompute, native=native, dropout=dropout)
     if blocks <= _FEW + 1 or not alike(model):
-        return step_bytes(model, adapter, pack, **kind)
+        return count()
     found = []
     for few in (_FEW, _FEW + 1):
         with shortened(model, few):
-            found.append(step_bytes(model, adapter, pack, **kind))
+            found.append(count())
     one, two = found
     more = blocks - _FEW
     return StepBytes(*(getattr(one, f) + more * (getattr(two, f) - getattr(one, f)) for f in ("kept", "loss", "peak")))
@@ -128,17 +129,18 @@ def alike(model: Llama) -> bool:
     return model.pattern is None and len({_makeup(layer) for layer in model.model.layers}) == 1
 
 
-def _makeup(layer: Block) -> tuple[object, ...]:
+def _makeup(layer: nn.Module) -> tuple[object, ...]:
     parameters = [(name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters()]
     buffers = [(name, b.shape, b.dtype) for name, b in layer.named_buffers()]
-    return (*parameters, *buffers, *(type(m) for m in layer.modules()), layer.self_attn.window)
+    windows = [m.window for m in layer.modules() if isinstance(m, Attention)]
+    return (*parameters, *buffers, *(type(m) for m in layer.modules()), *windows)
 
 
 @contextmanager
 def shortened(model: Llama, blocks: int) -> Iterator[None]:
     """Within it the model has its first `blocks` blocks only."""
     every = model.model.layers
-    model.model.layers = torch.nn.ModuleList(list(every)[:blocks])
+    model.model.layers = nn.ModuleList(list(every)[:blocks])
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
 """Multiple-choice questions of your own, as data for training has them.
 
-    {"question", "choices", "answer"[, "context"]}
+question, choices, answer, and context where there is one
 """
 
 from __future__ import annotations
