@@ -163,6 +163,26 @@ def test_what_reads_otherwise_is_not_kept(
     assert not list(tmp_path.iterdir())
 
 
+def test_other_logits_ids_and_prompts_are_seen(base: Path) -> None:
+    """The comparisons by themselves: one logit 2e-5 off, one id, one token of the prompt."""
+    tokenizer, ours = load_tokenizer(base), torch.randn(4, 9)
+    template = formats._own_template(subject(base))
+    ids = [tokenizer.encode(text, special=True) for text in formats.TEXTS]
+    prompt = formats.readback.encode_prompt(formats.readback.chat_row(formats.CHAT, "x"), template, tokenizer)
+    right = {"version": "1", "ids_True": ids, "chat_ids": prompt}
+    for change, logits_off, failed in (
+        ({}, 0.0, ""),
+        ({}, 2e-5, "where 1e-05 is allowed"),
+        ({"ids_True": [[0], *ids[1:]]}, 0.0, "gives other ids for 1 of 12 texts"),
+        ({"chat_ids": prompt[:-1]}, 0.0, "prompts a chat with other ids"),
+    ):
+        checks = readback.Checks()
+        got = readback.Read({**right, **change}, ours + logits_off * ours.abs().max() * torch.eye(4, 9))
+        readback.compare_logits(checks, "transformers", got, ours)
+        readback.compare_ids(checks, "transformers", got, tokenizer, template)
+        assert len(checks.failed) == bool(failed) and failed in "".join(checks.failed)
+
+
 def test_a_lossy_gguf_is_refused(base: Path, tmp_path: Path) -> None:
     """A delta that four bits cannot carry: the answers are nearer to the base's than to those that were trained."""
     live = subject(base, make_run(tmp_path / "run", base, by=0.01))

@@ -134,7 +134,7 @@ def test_other_kinds_of_tokenizers_are_refused(tmp_path: Path) -> None:
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<unk>": 1, "</s>": 2}, unk_token="<unk>"))
     made.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    with pytest.raises(TokenizerError, match="a WordLevel tokenizer has no form that llama.cpp reads"):
+    with pytest.raises(TokenizerError, match="llama.cpp has no form of a WordLevel tokenizer"):
         tokenizer_fields(load_tokenizer(folder), 3, None)
 
 
