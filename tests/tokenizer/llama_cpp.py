@@ -17,7 +17,7 @@ from typing import Any
 class LlamaCpp:
     """A llama.cpp server on loopback for one model file; it lives until `close`.
 
-    `lora`: an adapter beside it, off until a request turns it on; `slots` requests at once, `context` tokens for each.
+    `lora`: an adapter beside it, on unless a request's `scale` is 0; `slots` requests at once, of `context` tokens.
     """
 
     def __init__(self, path: Path, lora: Path | None = None, slots: int = 1, context: int = 256) -> None:
@@ -80,7 +80,6 @@ def _serve(path: str, lora: str, slots: int, context: int) -> None:
     settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if lora:
         settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(lora, 1.0)]
-        settings.lora_init_without_apply = True
     server = xllamacpp.Server(settings)
     print("address", server.listening_address, flush=True)
     sys.stdin.read()
