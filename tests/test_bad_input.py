@@ -200,7 +200,7 @@ def test_an_adapter_for_another_base(command, trained, tmp_path):
     line = error_of(command, "generate", "--model", other, "--adapter", trained, "--prompt", "a")
     assert "this adapter is for another base" in line and "give that model" in line
     larger = write_base(tmp_path / "larger", num_hidden_layers=3)
-    line = error_of(command, "evaluate", trained, "--base", larger)
+    line = error_of(command, "evaluate", trained, "--base", larger, "--split", "valid")
     assert "num_hidden_layers 2 there, 3 here" in line
 
 

@@ -262,17 +262,17 @@ def test_where_to_save_may_change(whole, tmp_path, command):
 
 def test_automatic_choices_of_the_start_are_kept(whole, tmp_path, tiny_base, data, command, monkeypatch):
     """The words of the start, given again: what memory allows has changed since, the run goes on as it was."""
-    from tunesmith import prepare
+    from tunesmith.train import planner
 
     given = [word for word in arguments(tiny_base, data, tmp_path) if not word.startswith("train.pack_tokens")]
-    monkeypatch.setattr(prepare, "choose_pack_tokens", lambda job, free, longest: (320, "packs of 320 tokens"))
+    monkeypatch.setitem(planner.MOST, "cpu", 512)
     assert command(*given)[0] == 0
     run = tmp_path / "run"
     weights = run / "adapter" / "adapter_model.safetensors"
     sha = sha256_file(weights)
     shutil.rmtree(run / f"checkpoint-{STEPS:06d}")
     shutil.rmtree(run / "adapter")
-    monkeypatch.setattr(prepare, "choose_pack_tokens", lambda job, free, longest: (128, "packs of 128 tokens"))
+    monkeypatch.setitem(planner.MOST, "cpu", 256)
     code, _, err = command(*given, "--resume")
     assert code == 0, err
     assert sha256_file(weights) == sha

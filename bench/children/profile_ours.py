@@ -89,9 +89,9 @@ def build(wanted: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
             with record_function("bench: packing"):
                 return super()._packs(rows)
 
-        def _update(self, rate: float) -> float:
+        def _update(self, rate: float, updates: int) -> float:
             with record_function("bench: update"):
-                return super()._update(rate)
+                return super()._update(rate, updates)
 
     class Silent:
         """A reporter that reports nothing."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.children.common import IGNORE, TARGETS, count, device_peak, read_examples, spec, synchronise, tell
+from bench.children.common import IGNORE, TARGETS, device_peak, read_examples, spec, synchronise, tell
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     settings = TrainSection(
         batch_size=wanted["batch_size"], schedule="constant", seed=wanted["seed"], save_steps=10**9, epochs=1
     )
-    budget = pack_tokens(model, adapter, wanted, rows)
+    budget = pack_tokens(model, adapter, settings, examples)
     plan = make_plan(
         settings, len(rows), learning_rate=wanted["learning_rate"], pack_tokens=budget, dropout=False, eval_steps=None
     )
@@ -82,19 +83,17 @@ def random_model(wanted: Mapping[str, Any]) -> Any:
     return model
 
 
-def pack_tokens(model: Any, adapter: Any, wanted: Mapping[str, Any], rows: list[dict[str, list[int]]]) -> int:
+def pack_tokens(model: Any, adapter: Any, settings: Any, rows: Sequence[Any]) -> int:
     """The pack size that `tunesmith train` would choose here."""
-    from tunesmith.train.memory import Job, choose_pack_tokens, usable_memory
+    from tunesmith.adapters import attach
+    from tunesmith.model.shadow import shapes_of
+    from tunesmith.train.memory import usable_memory
+    from tunesmith.train.planner import Work, choose
 
-    tokens, supervised = count(rows)
-    longest = max(len(row["ids"]) for row in rows)
-    size = model.dtype.itemsize
-    job = Job(
-        model.config, sum(p.numel() for p in adapter.trainable.values()), 0, weight_bytes=size, activation_bytes=size,
-        targets=frozenset(TARGETS[wanted["targets"]]), rank=wanted["rank"], supervised=supervised / tokens,
-        longest=longest, device=model.device.type,
-    )  # fmt: skip
-    return choose_pack_tokens(job, usable_memory(model.device), longest)[0]
+    shadow = shapes_of(model.config, model.dtype)
+    work = Work(shadow, attach(shadow, {**vars(adapter.settings), "kind": adapter.kind}), rows, settings)
+    work = replace(work, device=model.device.type, native=model.device.type == "cpu")
+    return choose(work, usable_memory(model.device)).pack_tokens
 
 
 if __name__ == "__main__":

@@ -279,7 +279,7 @@ def merge(target: str | Path, *, base: str | None = None, out: str | Path, **how
     """
     from tunesmith.export.onto import merge_subject
 
-    return merge_subject(_subject(target, base), Path(out), **how)
+    return merge_subject(_subject(target, base, adapted=True), Path(out), **how)
 
 
 def export(target: str | Path, *, to: str, out: str | Path, base: str | None = None, **options: Any) -> dict[str, Any]:
@@ -289,12 +289,12 @@ def export(target: str | Path, *, to: str, out: str | Path, base: str | None = N
     return export_subject(_subject(target, base), to, Path(out), Options(**options))
 
 
-def _subject(target: str | Path, base: str | None) -> Subject:
-    """An adapter on its base, as it was trained but in float32, or a model."""
+def _subject(target: str | Path, base: str | None, adapted: bool = False) -> Subject:
+    """An adapter on its base, as it was trained but in float32, or a model, unless it must be `adapted`."""
     from tunesmith.export.subject import Subject
 
     folder = adapter_folder(Path(target))
-    if folder is None and base is not None:
+    if folder is None and (base is not None or adapted):
         raise AdapterError(f"{target}: holds no adapter (adapter_config.json); give a run folder or an adapter folder")
     loaded = load(target if base is None else base, dtype="float32", adapter=None if base is None else folder)
     info = None if folder is None else read_info(folder)

@@ -10,7 +10,7 @@ import numpy as np
 from tunesmith.calibrate import seconds_an_epoch
 from tunesmith.config import Run
 from tunesmith.data.encode import Example
-from tunesmith.errors import ConfigError, OutOfMemory
+from tunesmith.errors import ConfigError, ModelError, OutOfMemory
 from tunesmith.footprint import base_without_weights, device_of, work_of
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.quantize import held_weights
@@ -125,7 +125,10 @@ def ways(run: Run, ask: Ask, available: int) -> list[dict[str, Any]]:
     ask = replace(ask, reference=False)
     for changes in _changes(run, work_for(run, ask)):
         changed = _with(run, changes)
-        work = work_for(replace(changed, train=replace(changed.train, memory="fixed")), ask)
+        try:
+            work = work_for(replace(changed, train=replace(changed.train, memory="fixed")), ask)
+        except (ConfigError, ModelError):  # no way for this model, such as blocks that do not divide its weights
+            continue
         try:
             choice, fits = choose(work, available), True
         except OutOfMemory:

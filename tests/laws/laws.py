@@ -276,7 +276,7 @@ def compiled_is_eager(case: Case, backend: str = "aot_eager", layers: int = 1) -
     ctx = model.context(layout)
     h = model.embedded(tokens, ctx).detach()
     block = model.model.layers[0]
-    inside = [p for k, p in model.named_parameters() if k.startswith("model.layers.") and p.requires_grad]
+    inside = [p for k, p in model.named_parameters() if k.startswith("model.layers.0.") and p.requires_grad]
 
     def values(run: Callable[[Tensor, Context], Tensor]) -> list[Tensor]:
         x = h.clone().requires_grad_(True)

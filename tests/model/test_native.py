@@ -104,7 +104,7 @@ def test_torch_can_be_chosen_and_is_said() -> None:
 
 
 def test_without_a_compiler_torch_does_the_work_and_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(native, "compiler", lambda: None)
     native.built.cache_clear()
     try:
         used, line = native.select("auto")

@@ -84,7 +84,7 @@ def test_a_linear_holds_its_weight_and_keeps_its_seams() -> None:
     linear.hold(packed, storage)
     assert isinstance(linear.weight, torch.nn.Parameter) and not linear.weight.requires_grad
     assert linear.weight.dtype == torch.uint8 and linear.weight.shape == (40 * 192 // 2, 1)
-    ctx = type("Ctx", (), {"adapters": None, "routes": {}, "layout": Layout.single(3)})()
+    ctx = type("Ctx", (), {"adapters": None, "routes": {}, "kept": None, "layout": Layout.single(3)})()
     x = torch.randn(3, 192)
     w = storage.dense(packed, torch.float32)
     assert torch.allclose(linear(x, ctx), functional.linear(x, w, linear.bias), atol=1e-5)

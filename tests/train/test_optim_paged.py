@@ -48,6 +48,7 @@ def test_main_memory_is_no_other_place_for_a_model_that_is_there() -> None:
     assert choose_optimizer("adamw", "disk", CPU) == Choice("adamw", "disk")
 
 
+@with_bitsandbytes
 def test_unknown_and_contradictory_words_are_named() -> None:
     with pytest.raises(ConfigError, match="did you mean 'paged_adamw'"):
         choose_optimizer("paged_adam", "none", CPU)

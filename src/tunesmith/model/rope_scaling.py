@@ -53,7 +53,7 @@ def rope_from_hf(config: Mapping[str, Any], where: str) -> tuple[float, RopeScal
     for key, value in rope.items():
         if key not in known and value is not None or key == "partial_rotary_factor" and value not in (None, 1):
             raise ModelError(
-                f"{where}: rope_scaling.{str(key)[:60]}={str(value)[:60]!r} is not understood; not supported"
+                f"{where}: rope_scaling.{str(key)[:60]!r}={str(value)[:60]!r} is not understood; not supported"
             )
     if kind in ("default", None):
         return theta, None
