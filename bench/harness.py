@@ -20,10 +20,10 @@ from statistics import median
 from typing import Any
 
 from bench.ledger import Ledger, Record
-from bench.pages import MODEL, discussion, kept, machine, threads, up_to, write_page, write_spec
+from bench.pages import MODEL, discussion, kept, machine, run_options, threads, up_to, write_page, write_spec
 from bench.process import run
-from bench.runner import WORK, say
-from bench.table import NOTHING, RESULTS, grid
+from bench.runner import say
+from bench.table import NOTHING, grid
 
 TASKS = {  # ours -> the file that holds its rows
     "hellaswag": "hellaswag_3k.jsonl.gz",
@@ -217,11 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shots", type=int, default=0, help="solved examples before every question")
     parser.add_argument("--rounds", type=up_to(100), default=3)
     parser.add_argument("--batch-sizes", type=sizes, default=[1, 8, 32], help="of the Hugging Face backend")
-    parser.add_argument("--threads", type=up_to(1024), default=2)
-    parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--fresh", action="store_true", help="forget what an earlier run has finished")
-    return parser
+    return run_options(parser)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from bench.ledger import Ledger
-from bench.pages import MODEL, discussion, kept, machine, threads, up_to, write_page, write_spec
+from bench.pages import MODEL, discussion, kept, machine, run_options, threads, up_to, write_page, write_spec
 from bench.process import run
-from bench.runner import WORK, say
-from bench.table import NOTHING, RESULTS, grid
+from bench.runner import say
+from bench.table import NOTHING, grid
 
 MB = 10**6
 LORA = {"kind": "lora", "rank": 16, "target_modules": "all-linear"}
@@ -136,12 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--processes", type=up_to(100), default=3, help="fresh processes of each case")
     parser.add_argument("--cases", type=up_to(len(CASES)), default=len(CASES), help="only the first cases")
-    parser.add_argument("--threads", type=up_to(1024), default=2)
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for memory.json and memory.md")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder for what is made on the way")
-    parser.add_argument("--fresh", action="store_true", help="forget what an earlier run has finished")
-    return parser
+    return run_options(parser)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,15 @@ def page_parser(stem: str, about: str | None, minutes: float, sets: str) -> argp
     return parser
 
 
+def run_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add what every command that can be gone on with takes: threads, folders, a fresh start."""
+    parser.add_argument("--threads", type=up_to(1024), default=2)
+    parser.add_argument("--work", type=Path, default=WORK, help="folder for what is made on the way")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the page and its JSON")
+    parser.add_argument("--fresh", action="store_true", help="forget what an earlier run has finished")
+    return parser
+
+
 def write_page(stem: Path, found: Mapping[str, Any], text: str) -> None:
     """STEM.json and STEM.md."""
     atomic_write_text(stem.with_suffix(".json"), json.dumps(found, indent=1) + "\n")

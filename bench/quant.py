@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.ledger import Ledger, Record
-from bench.pages import MODEL, discussion, kept, machine, threads, up_to, write_page, write_spec
+from bench.pages import MODEL, discussion, kept, machine, run_options, threads, up_to, write_page, write_spec
 from bench.process import run
-from bench.runner import WORK, say
-from bench.table import NOTHING, RESULTS, grid
+from bench.runner import say
+from bench.table import NOTHING, grid
 from tunesmith.files import atomic_write_text
 
 
@@ -196,11 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=up_to(1 << 20), default=2048)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the speed part")
     parser.add_argument("--repeats", type=up_to(100), default=5)
-    parser.add_argument("--threads", type=up_to(1024), default=2)
-    parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--fresh", action="store_true", help="forget what an earlier run has finished")
-    return parser
+    return run_options(parser)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bench.ledger import Ledger, Record
-from bench.pages import MODEL, discussion, kept, machine, threads, up_to, write_page, write_spec
+from bench.pages import MODEL, discussion, kept, machine, run_options, threads, up_to, write_page, write_spec
 from bench.process import run
-from bench.runner import WORK, say
-from bench.table import NOTHING, RESULTS, grid
+from bench.runner import say
+from bench.table import NOTHING, grid
 
 ARCHIVE = Path("cifar10", "cifar10_train_jpg.zip")
 LORA = {"kind": "lora"}
@@ -250,11 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--batch", type=up_to(4096), default=32)
     parser.add_argument("--rate", type=_rate, action="append", default=[], metavar="ROW=RATE", help="a learning rate")
-    parser.add_argument("--threads", type=up_to(1024), default=2)
-    parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--fresh", action="store_true", help="forget what an earlier run has finished")
-    return parser
+    return run_options(parser)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,22 @@ from typing import Any
 
 from bench.envs import EnvError, Envs
 from bench.ledger import Ledger, Record
-from bench.pages import MODEL, PageError, discussion, kept, loud, machine, threads, up_to, write_page, write_spec
+from bench.pages import (
+    MODEL,
+    PageError,
+    discussion,
+    kept,
+    loud,
+    machine,
+    run_options,
+    threads,
+    up_to,
+    write_page,
+    write_spec,
+)
 from bench.process import run
-from bench.runner import WORK, say
-from bench.table import NOTHING, RESULTS, grid
+from bench.runner import say
+from bench.table import NOTHING, grid
 
 SIDES = {"ours": "serve_ours", "hf": "serve_hf"}  # where all requests are answered
 STREAMS = {"ours": "decode_ours", "hf": "decode_hf", "llamacpp": "decode_llamacpp"}  # one request alone, no adapter
@@ -237,13 +249,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--new-tokens", type=up_to(4096), default=64)
     parser.add_argument("--rounds", type=up_to(100), default=3)
     parser.add_argument("--repeats", type=up_to(100), default=2)
-    parser.add_argument("--threads", type=up_to(1024), default=2)
     parser.add_argument("--parts", type=lambda word: word.split(","), default=list(PARTS))
     parser.add_argument("--python", action="append", default=[], metavar="SIDE=PATH", help="an interpreter for a side")
-    parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--fresh", action="store_true", help="forget what an earlier run has finished")
-    return parser
+    return run_options(parser)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import tunesmith.workflow  # noqa: F401  what a run imports
 from bench.children.common import spec, tell
 from tunesmith.adapters import attach, kinds
 from tunesmith.config import QuantSection, TrainSection
@@ -24,7 +25,6 @@ from tunesmith.train.loop import Trainer
 from tunesmith.train.memory import resident_memory
 from tunesmith.train.planner import IMPORTS, Work, plan
 from tunesmith.train.steps import make_plan
-from tunesmith.workflow import train_run  # what a run imports
 
 STEPS = 2
 
@@ -62,7 +62,7 @@ def main() -> None:
     counted, found = allocator.counts(), describe()
     tell(
         "memory", planned=planned.total - IMPORTS, parts=planned.parts, measured=peak - imported, imported=imported,
-        live=counted.peak if counted else None, of=train_run.__name__,
+        live=counted.peak if counted else None,
         about={
             "cpu": found["cpu"], "memory": found["memory"], "system": found["system"],
             "versions": {"tunesmith": found["tunesmith"], "commit": found["revision"], "python": found["python"],

@@ -65,11 +65,6 @@ def work_of(
     )
 
 
-def device_of(name: str) -> torch.device:
-    """The device, if it is there. Raises ConfigError."""
-    return choose_device(name)
-
-
 def _named(name: str) -> str:
     return str(choose_device(name)) if name == "auto" else name
 

@@ -11,11 +11,11 @@ from tunesmith.calibrate import seconds_an_epoch
 from tunesmith.config import Run
 from tunesmith.data.encode import Example
 from tunesmith.errors import ConfigError, ModelError, OutOfMemory
-from tunesmith.footprint import base_without_weights, device_of, work_of
+from tunesmith.footprint import base_without_weights, work_of
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.quantize import held_weights
 from tunesmith.model.sight import StandIn
-from tunesmith.prepare import load_data, sizes_and_tokenizer, template_for
+from tunesmith.prepare import choose_device, load_data, sizes_and_tokenizer, template_for
 from tunesmith.train.memory import GIB, usable_memory
 from tunesmith.train.padded import padded_bytes
 from tunesmith.train.planner import Choice, Work, choose, least, plan, with_step
@@ -192,7 +192,7 @@ def reference(run: Run, ask: Ask, available: int) -> dict[str, Any]:
 
 def _available(work: Work) -> int:
     try:
-        return usable_memory(device_of(work.device))
+        return usable_memory(choose_device(work.device))
     except (ConfigError, RuntimeError, AssertionError) as error:
         raise ConfigError(f"there is no {work.device} here: say how much memory it has (--memory GIB)") from error
 

@@ -5,7 +5,6 @@ A damaged folder is named with what is wrong in it; nothing of it is averaged.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.compare.grid import Cell, Grid, speed_of
-from tunesmith.compare.record import Failure, Result, read_outcomes, read_result
+from tunesmith.compare.record import Failure, Result, read_object, read_outcomes, read_result
 from tunesmith.errors import DamagedRun
 from tunesmith.evaluate.outcomes import Outcomes
 from tunesmith.files import damage
@@ -113,7 +112,7 @@ def _found(cell: Cell, folder: Path, result: Result) -> Found:
         return Found(cell, folder, result, outcomes, None, (), ())
     if (folder / "adapter").is_dir() and (wrong := damage(folder / "adapter", hashes=False)):
         raise DamagedRun(f"adapter: {wrong}")
-    verified = _json(folder / "verify.json")
+    verified = read_object(folder / "verify.json")
     if verified.get("ok") is not True:
         raise DamagedRun("verify.json: what was saved is not what was trained")
     lines = read_metrics(folder / "metrics.jsonl")
@@ -147,13 +146,3 @@ def _costs(lines: Sequence[Mapping[str, Any]], result: Result) -> Costs:
 
 def _curve(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
     return [(line["step"], float(line[key])) for line in lines if isinstance(line.get(key), int | float)]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise DamagedRun(f"{path.name}: not readable") from None
-    if not isinstance(found, dict):
-        raise DamagedRun(f"{path.name}: not readable")
-    return found

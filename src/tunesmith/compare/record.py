@@ -78,7 +78,7 @@ def read_result(folder: Path, key: str) -> Result | Failure | None:
     if (folder / RESULT).is_file():
         return _result(folder, key)
     if (folder / FAILED).is_file():
-        found = _json(folder / FAILED)
+        found = read_object(folder / FAILED)
         _check_key(found, key, FAILED)
         return _of(lambda: Failure(str(found["kind"]), str(found["error"])), FAILED)
     return None
@@ -86,7 +86,7 @@ def read_result(folder: Path, key: str) -> Result | Failure | None:
 
 def read_outcomes(folder: Path) -> dict[str, Outcomes]:
     """Each figure row by row. Raises DamagedRun."""
-    found = _json(folder / OUTCOMES)
+    found = read_object(folder / OUTCOMES)
 
     def parse() -> dict[str, Outcomes]:
         return {
@@ -103,7 +103,7 @@ def read_outcomes(folder: Path) -> dict[str, Outcomes]:
 
 
 def _result(folder: Path, key: str) -> Result:
-    found = _json(folder / RESULT)
+    found = read_object(folder / RESULT)
     _check_key(found, key, RESULT)
 
     def parse() -> tuple[Result, dict[str, str]]:
@@ -141,7 +141,8 @@ def _check_key(found: Mapping[str, Any], key: str, name: str) -> None:
         raise DamagedRun(f"{name}: belongs to other settings or data")
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file. Raises DamagedRun."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -21,14 +21,13 @@ from pydantic.dataclasses import dataclass as settings_class
 from tunesmith.config import STRICT
 from tunesmith.data.encode import encode_prompt
 from tunesmith.data.schemas import chat_row
-from tunesmith.data.sources import raw_rows
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.evaluate.diversity import distinct
 from tunesmith.evaluate.figures import share
 from tunesmith.evaluate.generations import answers_to
 from tunesmith.evaluate.published import plain_prompt, text_of
 from tunesmith.evaluate.subject import Subject
-from tunesmith.evaluate.tasks import Result, Task
+from tunesmith.evaluate.tasks import Result, Task, read_items
 from tunesmith.inference.sample import GenerationSettings
 
 STRICT_NUMBER = re.compile(r"#### (-?[0-9.,]+)")
@@ -60,10 +59,7 @@ class Problem:
 
 def read(path: Path, settings: GSM8KSettings) -> list[Problem]:
     """The problems of a published file. Raises DataError with file and line."""
-    problems = [_problem(raw, f"{path}:{line}") for line, raw in raw_rows(path)]
-    if not problems:
-        raise DataError(f"{path}: holds no problem; give it data or name another file")
-    return problems
+    return read_items(path, _problem)
 
 
 def strict(text: str) -> str | None:

@@ -21,7 +21,6 @@ from pydantic.dataclasses import dataclass as settings_class
 from tunesmith.config import STRICT
 from tunesmith.data.encode import encode_prompt
 from tunesmith.data.schemas import chat_row
-from tunesmith.data.sources import raw_rows
 from tunesmith.errors import DataError
 from tunesmith.evaluate.containment import Ending, Limits, run_programs
 from tunesmith.evaluate.diversity import distinct, unique_strings
@@ -29,7 +28,7 @@ from tunesmith.evaluate.figures import Figure, mean, share
 from tunesmith.evaluate.generations import answers_to
 from tunesmith.evaluate.published import plain_prompt, text_of
 from tunesmith.evaluate.subject import Subject
-from tunesmith.evaluate.tasks import Result, Task
+from tunesmith.evaluate.tasks import Result, Task, read_items
 from tunesmith.inference.sample import GenerationSettings
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # of the paper: the function has ended there
@@ -79,10 +78,7 @@ class Problem:
 
 def read(path: Path, settings: HumanEvalSettings) -> list[Problem]:
     """The problems of a published file (.jsonl, .jsonl.gz, .parquet). Raises DataError with file and line."""
-    problems = [_problem(raw, f"{path}:{line}") for line, raw in raw_rows(path)]
-    if not problems:
-        raise DataError(f"{path}: holds no problem; give it data or name another file")
-    return problems
+    return read_items(path, _problem)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

@@ -13,10 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from tunesmith.data.sources import raw_rows
+from tunesmith.errors import DataError
 from tunesmith.evaluate.figures import Figure
 from tunesmith.evaluate.subject import Subject
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,14 @@ class Task:
     settings: type
     read: Callable[[Path, Any], Sequence[Any]]
     measure: Callable[[Subject, Sequence[Any], Any], Result]
+
+
+def read_items(path: Path, item: Callable[[Any, str], T]) -> list[T]:
+    """`item(raw row, "file:line")` of each row of a published file (.jsonl, .jsonl.gz, .parquet, ...).
+
+    Raises DataError with file and line, and for a file without any.
+    """
+    items = [item(raw, f"{path}:{line}") for line, raw in raw_rows(path)]
+    if not items:
+        raise DataError(f"{path}: holds no problem; give it data or name another file")
+    return items

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +21,7 @@ from tunesmith.data.encode import encode_prompt
 from tunesmith.data.schemas import chat_row
 from tunesmith.data.segments import Template
 from tunesmith.errors import VerificationError
+from tunesmith.export.child import run_child
 from tunesmith.export.gguf_tokenizer import TEXTS
 from tunesmith.export.probe import Probe, logits_at
 from tunesmith.export.readers import LIBRARIES
@@ -102,18 +100,8 @@ def read(asked: Asked) -> Read:
             "threads": torch.get_num_threads(),
         }  # fmt: skip
         atomic_write_json(folder / "request.json", request)
-        child = subprocess.run(
-            [sys.executable, "-P", "-m", "tunesmith.export.readers", name],
-            env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": _path()},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            check=False,
-        )
+        _, last = run_child("tunesmith.export.readers", name, _ENVIRONMENT)
         if not (folder / "answer.json").is_file():
-            last = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise VerificationError(f"{asked.path}: {asked.reader} does not read it ({last[:300]})")
         answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
         if not (folder / "answer.safetensors").is_file():
@@ -125,10 +113,6 @@ def read(asked: Asked) -> Read:
 
 # Nothing is fetched or reported by a reader.
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error"}
-
-
-def _path() -> str:
-    return os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
 
 
 def with_places(reader: str, path: Path, probe: Probe, **more: Any) -> Asked:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 from tunesmith.adapters import open_method
 from tunesmith.adapters.peft_format import load_adapter, read_info, use_attention
 from tunesmith.errors import TunesmithError, VerificationError
+from tunesmith.export.child import run_child
 from tunesmith.export.probe import Probe, image_tensors, logits_at, read_probe
 from tunesmith.files import atomic_save_safetensors, atomic_write_json
 from tunesmith.model.load import load_model
@@ -72,22 +72,12 @@ def replay_in_child(request: Request, probe: Probe) -> Answer:
         tensors = {"tokens": probe.tokens, "positions": probe.positions, "lengths": torch.tensor(probe.lengths)}
         tensors |= image_tensors(probe)
         atomic_save_safetensors(folder / "probe.safetensors", {**tensors, "live": live})
-        child = subprocess.run(
-            [sys.executable, "-P", "-m", "tunesmith.export.replay", name],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [_root(), os.environ.get("PYTHONPATH")]))},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            check=False,
-        )
+        code, last = run_child("tunesmith.export.replay", name)
         if (folder / "error.json").is_file():
             raise VerificationError(json.loads((folder / "error.json").read_text(encoding="utf-8"))["message"])
-        if child.returncode or not (folder / "answer.safetensors").is_file():
-            last = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        if code or not (folder / "answer.safetensors").is_file():
             raise VerificationError(
-                f"the fresh process ended with status {child.returncode} ({last[:200]}); if memory ran out, free some "
+                f"the fresh process ended with status {code} ({last[:200]}); if memory ran out, free some "
                 "and run tunesmith verify again"
             )
         from safetensors.torch import load
@@ -106,11 +96,6 @@ def main(folder: Path) -> None:
         atomic_write_json(folder / "error.json", {"message": str(error)})
         return
     atomic_save_safetensors(folder / "answer.safetensors", {"base": answer.base, "adapted": answer.adapted})
-
-
-def _root() -> str:
-    """The folder that this package was imported from, so that the child imports the same one."""
-    return str(Path(__file__).parents[2])
 
 
 if __name__ == "__main__":

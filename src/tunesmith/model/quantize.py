@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -58,15 +57,6 @@ def resident_bits(model: Llama) -> float:
 def held_weights(model: Llama) -> int:
     """How many weights the storages stand for: their Parameters are bytes, which nobody counts as parameters."""
     return sum(m.in_features * m.out_features for _, m in block_linears(model) if m.quant is not None)
-
-
-def weight_bytes(model: Llama, spec: Spec | None = None) -> float:
-    """Bytes a parameter of the base, on average. `spec`: what its linears will be held in, if they are not yet."""
-    dense, saved = float(model.dtype.itemsize), 0.0
-    for _, linear in block_linears(model):
-        bits = spec.bits if spec is not None and linear.quant is None else _bits(linear)
-        saved += (8 * dense - bits) / 8 * linear.in_features * linear.out_features
-    return dense - saved / sum(math.prod(shape) for shape in model.config.weight_shapes().values())
 
 
 def _bits(linear: Linear) -> float:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -34,7 +35,7 @@ from tunesmith.model.quantize import block_linears
 from tunesmith.train.memory import GIB, parameter_count
 from tunesmith.train.optim import state_bytes, workspace_bytes
 from tunesmith.train.order import heaviest_batches
-from tunesmith.train.simulate import StepBytes, scaled_step_bytes
+from tunesmith.train.simulate import StepBytes, from_few_blocks, step_bytes
 
 Recompute = bool | Literal["selective"]  # train.recompute
 IMPORTS = 250 << 20  # an interpreter that has imported all that a run needs
@@ -110,7 +111,8 @@ class Work:
         return self._steps[key]
 
     def _one(self, pack: Pack, recompute: Recompute) -> StepBytes:
-        return scaled_step_bytes(
+        count = partial(
+            step_bytes,
             self.model,
             self.adapter,
             pack,
@@ -118,6 +120,7 @@ class Work:
             native=self.native,
             dropout=self.train.attention_dropout,
         )
+        return from_few_blocks(self.model, count)
 
 
 def _pairs(pack: Pack) -> int:

@@ -10,10 +10,9 @@ is not in it, nor what torch's own attention operator holds within itself.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -98,26 +97,16 @@ def step_bytes(
     return count.found
 
 
-def scaled_step_bytes(
-    model: Llama,
-    adapter: Adapter,
-    pack: Pack,
-    *,
-    recompute: bool | str = False,
-    native: bool = True,
-    dropout: float = 0.0,
-) -> StepBytes:
-    """What `step_bytes` counts, from few blocks where all are alike: each further one holds as much again."""
-    blocks = len(model.model.layers)
-    count = partial(step_bytes, model, adapter, pack, recompute=recompute, native=native, dropout=dropout)
-    if blocks <= _FEW + 1 or not alike(model):
+def from_few_blocks(model: Llama, count: Callable[[], StepBytes]) -> StepBytes:
+    """What `count` finds for the whole model, from few blocks where all are alike: each further one holds as much."""
+    more = len(model.model.layers) - _FEW
+    if more <= 1 or not alike(model):
         return count()
     found = []
     for few in (_FEW, _FEW + 1):
         with shortened(model, few):
             found.append(count())
     one, two = found
-    more = blocks - _FEW
     return StepBytes(*(getattr(one, f) + more * (getattr(two, f) - getattr(one, f)) for f in ("kept", "loss", "peak")))
 
 
