@@ -229,3 +229,11 @@ def test_a_grid_has_an_end(tmp_path):
     many = ", ".join(map(str, range(60)))
     with pytest.raises(ConfigError, match="3600 cells, more than 2000"):
         grid_of(tmp_path, BASE + f"seeds: [{many}]\nsizes: [{many.replace('0,', '99,', 1)}]\n")
+
+
+def test_a_base_in_other_bits_is_named_by_its_method(tmp_path):
+    """A method's own `set` may change the base too: each such base is measured, and can be told apart."""
+    methods = "[lora, {name: nf4, kind: lora, set: {quant.kind: nf4}}, {name: nf2, kind: lora, set: {quant.kind: nf2}}]"
+    grid = grid_of(tmp_path, BASE + f"methods: {methods}\n")
+    assert [base.slug for base in grid.bases.values()] == ["untuned", "untuned_nf4", "untuned_nf2"]
+    assert [base.method for base in grid.bases.values()][1:] == ["untuned base of nf4", "untuned base of nf2"]

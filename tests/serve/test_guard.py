@@ -109,7 +109,7 @@ WRONG = {
     "a penalty": (asked(presence_penalty=0.5), "presence_penalty: not supported here"),
     "an image": (
         asked(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/"}}]}]),
-        "messages.0.content",
+        "image_url: give the image itself",
     ),
     "a role": (asked(messages=[{"role": "tool", "content": "x"}]), "messages.0.role"),
     "an unknown field": (asked(temprature=1), "temprature: unknown field; did you mean 'temperature'"),

@@ -18,6 +18,7 @@ from tunesmith.cli import (
     spectrum,
     tournament,
     train,
+    ui,
     use,
     verify,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "spectrum",
     "tournament",
     "train",
+    "ui",
     "use",
     "verify",
 ]

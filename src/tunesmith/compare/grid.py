@@ -310,8 +310,12 @@ def _bases(spec: GridSpec, cells: Sequence[Cell]) -> dict[str, Cell]:
         if name not in made:
             point = {key: value for key, value in cell.point.items() if key.startswith(of_base)}
             parts = ["untuned", *(f"{_slug(key.rpartition('.')[2])}={_slug(label(v))}" for key, v in point.items())]
+            told = "untuned base"
+            if any(other.slug == "_".join(parts)[:MOST_SLUG] for other in made.values()):  # a method's own `set`
+                parts.append(_slug(cell.method))
+                told = f"{told} of {cell.method}"
             slug = "_".join(parts)[:MOST_SLUG]
-            made[name] = Cell("base", slug, slug, "untuned base", point, cell.run, None, (), identity)
+            made[name] = Cell("base", slug, slug, told, point, cell.run, None, (), identity)
         found[cell.line] = made[name]
     return found
 

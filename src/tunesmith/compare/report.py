@@ -42,18 +42,30 @@ def write_report(
     `before` and `after` are measures of the bare base and of the trained model by name; `samples` have prompt,
     expected, before and after; `facts` are shown as they are. All text is escaped: nothing that a model wrote can run.
     """
+    path = folder / "report.html"
+    atomic_write_text(path, page(folder, samples=samples, before=before, after=after, facts=facts))
+    return path
+
+
+def page(
+    folder: Path,
+    *,
+    samples: Sequence[Mapping[str, str]] = (),
+    before: Mapping[str, float] | None = None,
+    after: Mapping[str, float] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> str:
+    """The page as `write_report` writes it; of a run that goes on, the curves so far."""
     lines = read_metrics(folder / "metrics.jsonl")
     parts = [
-        _table("Before and after", ("measure", "before", "after"), _measures(before, after)),
-        _table("The run", ("", ""), [(key, str(value)) for key, value in facts.items()]),
+        _table("Before and after", ("measure", "before", "after"), _measures(before or {}, after or {})),
+        _table("The run", ("", ""), [(key, str(value)) for key, value in (facts or {}).items()]),
         _curve("Training loss", lines, "loss"),
         _curve("Held-out loss", lines, "eval_loss"),
         _curve("Tokens a second", lines, "tokens_per_second"),
         _samples(samples),
     ]
-    path = folder / "report.html"
-    atomic_write_text(path, PAGE.format(title=html.escape(folder.name), body="\n".join(p for p in parts if p)))
-    return path
+    return PAGE.format(title=html.escape(folder.name), body="\n".join(p for p in parts if p))
 
 
 def _measures(before: Mapping[str, float], after: Mapping[str, float]) -> Iterable[tuple[str, str, str]]:

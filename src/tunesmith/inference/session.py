@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tunesmith.data.encode import Prompt, encode_prompt
-from tunesmith.data.schemas import Row, chat_row
-from tunesmith.errors import GenerationError, TemplateError
+from tunesmith.data.encode import Prompt
+from tunesmith.errors import GenerationError
 from tunesmith.inference.answers import Answer, Generation, Job
 from tunesmith.inference.generate import FIRST_ROOM, decode, evaluation_mode, make_job, new_answer, stream
+from tunesmith.inference.history import Message, Turns, fitting
 from tunesmith.inference.prefill import (
     attached_adapters,
     check_adapters,
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from tunesmith.data.segments import Template
     from tunesmith.model.sight import Picture
     from tunesmith.tokenizer import Tokenizer
-
-Message = dict[str, str]
 
 
 class ChatSession:
@@ -183,34 +181,14 @@ class ChatSession:
 
     def _prompt(self, text: str) -> Prompt:
         """The tokens of history and question; the oldest exchanges go where the context is too short for all."""
-        history = self.messages
-        if history and not self._keeps_history():
-            history = []
-            name = self.template.name
-            self._tell(f"the template {name!r} has one question and one answer: every turn stands by itself")
         limit = context_limit(self.model.config)
-        while True:
-            ids = encode_prompt(self._row(history, text), self.template, self.tokenizer)
-            room = 1 if limit is None else min(self.settings.max_new_tokens, limit // 4)
-            if limit is None or len(ids) + room <= limit or not history:
-                break
-            history = history[2:]
-            self._tell(f"the conversation exceeds the model's context of {limit} tokens: its oldest turns are left out")
+        most = self.settings.max_new_tokens
+        asked = Turns(self.system, self.messages, text, self.picture)
+        ids, notices = fitting(asked, self.template, self.tokenizer, limit, most)
+        for line in notices:
+            self._tell(line)
         check_prompt(self.model.config, ids, "this conversation")
         return ids
-
-    def _row(self, history: list[Message], text: str) -> Row:
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        row = chat_row([*system, *history, {"role": "user", "content": text}], "chat")
-        return row if self.picture is None else replace(row, image=self.picture)
-
-    def _keeps_history(self) -> bool:
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        try:
-            self.template.prompt(self._row(probe, "c"))
-        except TemplateError:
-            return False
-        return True
 
     def _tell(self, line: str) -> None:
         if line not in self._told:

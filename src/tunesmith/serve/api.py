@@ -129,7 +129,8 @@ def _add_answering(app: FastAPI, engine: Engine, options: Options) -> None:
         more = {"n": asked.answers, "logprobs": bool(asked.logprobs), "likeliest": asked.top_logprobs or 0}
 
         def asks(entry: Entry) -> list[Ask]:
-            return [engine.ask(entry, entry.chat(messages), settings, **more)]
+            picture = None if asked.image is None else engine.registry.see(entry, asked.image, "messages")
+            return [engine.ask(entry, entry.chat(messages, picture), settings, **more)]
 
         return await _answer(engine, request, asked, asks, 1, True)
 
@@ -210,7 +211,10 @@ def _add_errors(app: FastAPI) -> None:
         return AsciiJson(error_body(_shown(error), status, code), status, headers)
 
     async def invalid(_: Request, error: Exception) -> Response:
-        found = error.errors()[0] if isinstance(error, RequestValidationError) else {}
+        faults = error.errors() if isinstance(error, RequestValidationError) else []
+        found = max(
+            faults, key=lambda fault: len(fault.get("loc", ())), default={}
+        )  # of a union, the one that was meant
         message, param = _invalid(found)
         return AsciiJson(error_body(message, 400, "invalid_request", param), 400)
 

@@ -12,10 +12,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from tunesmith.errors import GenerationError, RequestError, TunesmithError
@@ -199,19 +200,31 @@ class Engine:
 
     def say(self, model: str, messages: Sequence[Mapping[str, Any]], settings: GenerationSettings) -> Iterator[Said]:
         """Answer a conversation, piece by piece; closing the iterator stops the answer. Raises TunesmithError."""
-        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        with self.seats(), self.registry.using(model) as entry:
-            ticket = self.submit(entry, self.ask(entry, entry.chat(messages), settings), events.put)
-            try:
-                while True:
-                    event = events.get()
-                    if isinstance(event, TunesmithError):
-                        raise event
-                    yield event
-                    if event.result is not None:
-                        return
-            finally:
-                self.cancel(ticket)
+        with closing(self.each([model], lambda entry: entry.chat(messages), settings)) as events:
+            for _, said in events:
+                yield said
+
+    def each(
+        self, models: Sequence[str], prompt: Callable[[Entry], Sequence[int]], settings: GenerationSettings
+    ) -> Generator[tuple[int, Said]]:
+        """The answers of several models at once, in one batch: (which of them, its next piece), as they come.
+
+        `prompt` gives the tokens for each. Closing the generator stops them all. Raises TunesmithError, the first.
+        """
+        events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+        with self.seats(len(models)), ExitStack() as held:
+            for number, model in enumerate(models):
+                entry = held.enter_context(self.registry.using(model))
+                ask = self.ask(entry, prompt(entry), settings)
+                ticket = self.submit(entry, ask, partial(_put, events, number))
+                held.callback(self.cancel, ticket)
+            left = len(models)
+            while left:
+                number, event = events.get()
+                if isinstance(event, TunesmithError):
+                    raise event
+                yield number, event
+                left -= event.result is not None
 
     def _run(self) -> None:
         with evaluation_mode(self.registry.model):
@@ -351,3 +364,7 @@ class Engine:
         with self._wake:
             if self.registry.retired and not (self._running or self._waiting or self._calls or self._closing):
                 self._wake.wait(0.05)  # somebody holds one and has not asked yet
+
+
+def _put(events: queue.SimpleQueue[tuple[int, Event]], number: int, event: Event) -> None:
+    events.put((number, event))

@@ -8,6 +8,7 @@ Only /health needs no key. Keys are compared as digests, in constant time.
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import hmac
 import ipaddress
@@ -52,12 +53,22 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """The application behind these checks. `key` None: for loopback alone."""
+    """The application behind these checks. `key` None: for loopback alone.
+
+    `password`: a browser may send the key as the password of any user (HTTP Basic), which it asks for by itself.
+    """
 
     def __init__(
-        self, app: App, key: str | None = None, *, body_bytes: int = BODY_BYTES, body_seconds: float = BODY_SECONDS
+        self,
+        app: App,
+        key: str | None = None,
+        *,
+        password: bool = False,
+        body_bytes: int = BODY_BYTES,
+        body_seconds: float = BODY_SECONDS,
     ) -> None:
         self.app, self.body_bytes, self.body_seconds = app, body_bytes, body_seconds
+        self._password = password
         self._key = None if key is None else _digest(f"Bearer {key}".encode())
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -75,7 +86,7 @@ class Guard:
         except TimeoutError:
             await _refuse(send, RequestError("the body did not come in time", 408, "timeout"))
         except RequestError as error:
-            await _refuse(send, error)
+            await _refuse(send, error, "Basic" if self._password else "Bearer")
         else:
             if body is not None:
                 await self.app(scope, _replayed(body, receive), send)
@@ -84,6 +95,8 @@ class Guard:
         headers = _headers(scope)
         if self._key is not None:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if self._password and scheme.lower() == b"basic":
+                scheme, given = b"bearer", _password(given)
             given = scheme.lower().capitalize() + b" " + given.strip()
             if not hmac.compare_digest(_digest(given), self._key):
                 raise RequestError("the key is missing or wrong: send it as Authorization: Bearer KEY", 401, "no_key")
@@ -128,6 +141,14 @@ def _name(address: str) -> str:
     return address.rpartition(":")[0] if address.count(":") == 1 else address
 
 
+def _password(given: bytes) -> bytes:
+    """Of `user:password` in base64; empty where it is none."""
+    try:
+        return base64.b64decode(given.strip(), validate=True).partition(b":")[2]
+    except ValueError:
+        return b""
+
+
 def _digest(text: bytes) -> bytes:
     return hashlib.sha256(text).digest()
 
@@ -146,10 +167,11 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return next_message
 
 
-async def _refuse(send: Send, error: RequestError) -> None:
+async def _refuse(send: Send, error: RequestError, scheme: str = "Bearer") -> None:
     text = json.dumps(error_body(str(error), error.status, error.code)).encode("ascii")
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(text)).encode())]
     headers += [(b"connection", b"close")] if error.status in (408, 413) else []
-    headers += [(b"www-authenticate", b"Bearer")] if error.status == 401 else []
+    asked = f'{scheme} realm="tunesmith", charset="UTF-8"' if scheme == "Basic" else scheme
+    headers += [(b"www-authenticate", asked.encode())] if error.status == 401 else []
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": text})

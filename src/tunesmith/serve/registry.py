@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +25,13 @@ from tunesmith.data.encode import encode_prompt
 from tunesmith.data.schemas import chat_row
 from tunesmith.data.segments import Template
 from tunesmith.errors import ConfigError, RequestError, did_you_mean
-from tunesmith.inference.prefill import check_prompt
+from tunesmith.inference.history import Turns, fitting
+from tunesmith.inference.prefill import check_prompt, context_limit
 from tunesmith.inference.templates import base_template, saved_template
 from tunesmith.model.llama import Llama
 
 if TYPE_CHECKING:
+    from tunesmith.model.sight import Look, Picture
     from tunesmith.tokenizer import Tokenizer
 
 BASE = "base"  # what the bare base may always be called
@@ -57,12 +59,28 @@ class Entry:
         """Under which prompts may share what they begin with; of one server, so of one base."""
         return self.name, self.seams, self.version
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    @property
+    def looks(self) -> tuple[Look, ...]:
+        """What it looks at of an image; empty where it sees none."""
+        return self.model.needs(self.seams).looks
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], picture: Picture | None = None) -> list[int]:
         """The tokens of a conversation that waits for its answer, by this model's own template.
+
+        `picture`: what it is about, from `Registry.see`. Raises DataError, TemplateError, GenerationError.
+        """
+        row = chat_row(messages, "messages")
+        row = row if picture is None else replace(row, image=picture)
+        return self._checked(encode_prompt(row, self.template, self.tokenizer))
+
+    def turn(self, asked: Turns, answer_tokens: int) -> tuple[list[int], list[str]]:
+        """The tokens of a question with as much of its history as there is room for, and what was left out.
 
         Raises DataError, TemplateError, GenerationError.
         """
-        return self._checked(encode_prompt(chat_row(messages, "messages"), self.template, self.tokenizer))
+        limit = context_limit(self.model.config)
+        ids, notices = fitting(asked, self.template, self.tokenizer, limit, answer_tokens)
+        return self._checked(ids), notices
 
     def text(self, text: str) -> list[int]:
         """The tokens of a plain text, BOS included where the model expects it. Raises GenerationError."""
@@ -93,6 +111,7 @@ class Registry:
         self.folder = None if folder is None else Path(folder).resolve()
         self.bank = Bank(model, BANK)
         self._lock = threading.Lock()
+        self._eyes = threading.Lock()  # one image at a time through an encoder
         self._given: dict[str, Path] = {}  # folders that whoever started the server named
         self._retired: list[Entry] = []
         self._loaded = 0
@@ -116,6 +135,20 @@ class Registry:
     def fingerprint(self) -> str:
         """Tells one base from another."""
         return str(self.identity.get("sha256", ""))[:12]
+
+    def see(self, entry: Entry, image: Path | str, where: str) -> Picture:
+        """Open an image, a file or a data URL, and find in it what this model looks at.
+
+        Raises RequestError for a model that looks at none, DataError for an image that cannot be read.
+        """
+        if not entry.looks:
+            raise RequestError(f"{entry.name!r} looks at no images; leave the image out, or ask a model that sees")
+        from tunesmith.vision.open import look_all, open_image
+
+        with self._eyes:
+            seen = open_image(image, where)
+            look_all([seen], entry.looks, show=False)
+        return seen
 
     @contextmanager
     def using(self, name: str) -> Iterator[Entry]:

@@ -75,17 +75,37 @@ class _Strict(BaseModel):
 
 
 class TextPart(_Strict):
-    """A piece of a message. Only text: nothing is fetched."""
+    """A piece of a message."""
 
     type: Literal["text"]
     text: str
+
+
+class ImageUrl(_Strict):
+    """The image itself, as a data URL."""
+
+    url: str = Field(description="data:image/png;base64,...; an address is refused, never fetched.")
+    detail: Literal["auto", "low", "high"] | None = Field(default=None, description="Read over.")
+
+    @model_validator(mode="after")
+    def _inside(self) -> ImageUrl:
+        if not self.url[:5].lower() == "data:":
+            raise ValueError("image_url: give the image itself, data:image/png;base64,...; an address is never fetched")
+        return self
+
+
+class ImagePart(_Strict):
+    """What a question is about."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
 
 
 class Message(_Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(min_length=1)]
     name: str | None = Field(default=None, description="Read over: templates name roles only.")
 
     @model_validator(mode="before")
@@ -93,9 +113,17 @@ class Message(_Strict):
     def _known(cls, value: Any) -> Any:
         return _plain(value, OF_MESSAGES, ())
 
+    @property
+    def images(self) -> list[str]:
+        """Its images, as data URLs."""
+        parts = [] if isinstance(self.content, str) else self.content
+        return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+
     def plain(self) -> dict[str, str]:
         """As a template reads it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        parts = [] if isinstance(self.content, str) else self.content
+        spoken = "".join(part.text for part in parts if isinstance(part, TextPart))
+        text = self.content if isinstance(self.content, str) else spoken
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
@@ -180,7 +208,16 @@ class ChatRequest(_Sampling):
             raise ValueError("max_tokens: differs from max_completion_tokens; give one of them")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: has no effect without logprobs; set logprobs to true, or leave it out")
+        if any(message.images and message.role != "user" for message in self.messages):
+            raise ValueError("messages: an image belongs to a message of the user")
+        if sum(len(message.images) for message in self.messages) > 1:
+            raise ValueError("messages: a conversation is about one image; leave the others out")
         return self
+
+    @property
+    def image(self) -> str | None:
+        """The image that the conversation is about, as a data URL."""
+        return next((image for message in self.messages for image in message.images), None)
 
     def most(self, default: int) -> int:
         """The longest answer in tokens."""

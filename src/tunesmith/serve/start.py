@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from typing import Literal
 
 import uvicorn
 
@@ -38,14 +39,18 @@ def run(registry: Registry, host: str, port: int, options: Options, limits: Limi
         engine = Engine(registry, limits, metrics).start()
         try:
             server = uvicorn.Server(config(create_app(engine, options, metrics), limits))
-            shown = f"[{host}]" if ":" in host else host
-            say(f"listening on http://{shown}:{door.getsockname()[1]}/v1 (Ctrl-C stops)")
+            say(f"listening on http://{shown_host(host)}:{door.getsockname()[1]}/v1 (Ctrl-C stops)")
             server.run(sockets=[door])
         finally:
             engine.close()
 
 
-def config(app: object, limits: Limits) -> uvicorn.Config:
+def shown_host(host: str) -> str:
+    """As it is written in an address."""
+    return f"[{host}]" if ":" in host else host
+
+
+def config(app: object, limits: Limits, lifespan: Literal["on", "off"] = "off") -> uvicorn.Config:
     """uvicorn's settings: no access log, no banner, and not more connections than can matter."""
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
@@ -53,7 +58,7 @@ def config(app: object, limits: Limits) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        lifespan="off",
+        lifespan=lifespan,
         ws="none",
         timeout_keep_alive=30,
         timeout_graceful_shutdown=GRACE_SECONDS,
