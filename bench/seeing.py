@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shlex
 import shutil
 import sys
 import zipfile
@@ -61,6 +62,7 @@ class Options:
     ask: int
     epochs: float
     batch: int
+    template: str
     rates: Mapping[str, float]
     threads: int
 
@@ -139,7 +141,8 @@ def _row(options: Options, name: str, images: Path, work: Path) -> Record:
     shutil.rmtree(runs / name, ignore_errors=True)
     words = ["--model", options.model, "--data", str(images / "images"), "--output-dir", str(runs), "--name", name]
     settings = {"adapter": adapter(options, name), "train.epochs": options.epochs, "train.batch_size": options.batch}
-    settings |= {"evaluate.samples": 0, "evaluate.every_steps": 1_000_000}
+    settings |= {"evaluate.samples": 0, "evaluate.every_steps": 1_000_000, "evaluate.rows": 50}
+    settings |= {"data.template": options.template} if options.template else {}
     settings |= {"train.learning_rate": options.rates[name]} if name in options.rates else {}
     words += [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     trained = run([sys.executable, "-m", "tunesmith", "train", *words], env=env)
@@ -203,6 +206,7 @@ def command(asked: Mapping[str, Any]) -> str:
     """The command that makes the page again."""
     words = [f"--learn {asked['learn']} --ask {asked['ask']} --epochs {asked['epochs']:g} --batch {asked['batch']}"]
     words += [f"--threads {asked['threads']} --encoder {asked['encoder']}"]
+    words += [f"--template {shlex.quote(asked['template'])}"] if asked["template"] else []
     words += [f"--rate {name}={rate:g}" for name, rate in asked["rates"].items()]
     if tuple(asked["rows"]) != tuple(ROWS):
         words.append(f"--rows {','.join(asked['rows'])}")
@@ -221,7 +225,8 @@ def main(words: Sequence[str] | None = None) -> int:
         say(f"seeing: {archive} is not there; say with --data-dir where it is")
         return 2
     options = Options(
-        tuple(given.rows), given.model, given.encoder, given.learn, given.ask, given.epochs, given.batch, rates,
+        tuple(given.rows), given.model, given.encoder, given.learn, given.ask, given.epochs, given.batch,
+        given.template, rates,
         given.threads,
     )  # fmt: skip
     images = unpack(archive, given.work / "cifar10", given.learn, given.ask)
@@ -249,6 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ask", type=up_to(100_000), default=100, help="images a class that are asked")
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--batch", type=up_to(4096), default=32)
+    parser.add_argument("--template", default="", help="data.template; without it, the model's chat template")
     parser.add_argument("--rate", type=_rate, action="append", default=[], metavar="ROW=RATE", help="a learning rate")
     return run_options(parser)
 

@@ -5,8 +5,11 @@ browser -> Guard (host, key, size) -> Fenced (closed routes; a policy that lets 
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, on the next line
@@ -37,6 +40,7 @@ HEADERS = (
 # Routes of Gradio that the page has no use for: no file of the server and no address is fetched for a client.
 CLOSED = ("/file", "/proxy", "/stream", "/component_server", "/deep_link", "/vibe", "/monitoring", "/login")
 BODY_BYTES = 16 << 20  # an image as a camera makes it
+LOOK_EVERY = 0.5  # seconds
 UPLOAD_SECONDS = 3600  # that an uploaded image is kept
 STYLE = """
 .told { min-height: 1.5em; opacity: .8; overflow-wrap: anywhere }
@@ -90,8 +94,11 @@ def build(engine: Engine, options: Options, jobs: Jobs) -> gr.Blocks:
     return blocks
 
 
-def create_page(engine: Engine, options: Options, jobs: Jobs) -> App:
-    """The ASGI application, guarded; the caller starts and closes the engine, and stops the jobs."""
+def create_page(engine: Engine, options: Options, jobs: Jobs, stopping: Callable[[], bool] = lambda: False) -> App:
+    """The ASGI application, guarded; the caller starts and closes the engine, and stops the jobs.
+
+    `stopping`: is the server about to end? Then streams of pages that are open end too.
+    """
     app = FastAPI(title="Tunesmith", docs_url=None, redoc_url=None, openapi_url=None)
     theme = gr.themes.Default(  # fonts of the machine: none is fetched
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
@@ -101,24 +108,31 @@ def create_page(engine: Engine, options: Options, jobs: Jobs) -> App:
         ssr_mode=False, pwa=False, mcp_server=False, show_error=False, enable_monitoring=False,
         app_kwargs={"openapi_url": None},
     )  # fmt: skip
-    return Guard(Fenced(app), options.key, password=True, body_bytes=BODY_BYTES)
+    return Guard(Fenced(app, stopping), options.key, password=True, body_bytes=BODY_BYTES)
 
 
 class Fenced:
-    """The application without its closed routes, each answer with HEADERS."""
+    """The application without its closed routes, each answer with HEADERS.
 
-    def __init__(self, app: App) -> None:
-        self.app = app
+    An open page keeps streams that never end by themselves: once `stopping()`, they are told that nobody listens.
+    """
+
+    def __init__(self, app: App, stopping: Callable[[], bool]) -> None:
+        self.app, self.stopping = app, stopping
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        begun = ended = False
 
         async def with_headers(message: Message) -> None:
+            nonlocal begun, ended
             if message["type"] == "http.response.start":
+                begun = True
                 message["headers"] = [*message.get("headers", ()), *HEADERS]
+            ended = ended or (message["type"] == "http.response.body" and not message.get("more_body", False))
             await send(message)
 
         path = scope["path"].removeprefix("/gradio_api")
@@ -126,4 +140,16 @@ class Fenced:
             await with_headers({"type": "http.response.start", "status": 404, "headers": []})
             await send({"type": "http.response.body", "body": b""})
             return
-        await self.app(scope, receive, with_headers)
+        await self.app(scope, partial(self._receive, receive), with_headers)
+        if begun and not ended:
+            await send({"type": "http.response.body", "body": b""})
+
+    async def _receive(self, receive: Receive) -> Message:
+        coming = asyncio.ensure_future(receive())
+        try:
+            while not self.stopping():
+                if (await asyncio.wait({coming}, timeout=LOOK_EVERY))[0]:
+                    return coming.result()
+            return {"type": "http.disconnect"}
+        finally:
+            coming.cancel()

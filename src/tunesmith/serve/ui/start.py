@@ -25,7 +25,9 @@ def run(registry: Registry, host: str, port: int, options: Options, limits: Limi
     with listen(host, port) as door:
         engine = Engine(registry, limits).start()
         try:
-            server = uvicorn.Server(config(create_page(engine, options, jobs), limits, lifespan="on"))
+            servers: list[uvicorn.Server] = []
+            app = create_page(engine, options, jobs, lambda: any(server.should_exit for server in servers))
+            servers.append(server := uvicorn.Server(config(app, limits, "on")))
             user = "" if options.key is None else ", any user name, the key as password"
             say(f"open http://{shown_host(host)}:{door.getsockname()[1]}/ in a browser{user} (Ctrl-C stops)")
             server.run(sockets=[door])
