@@ -212,9 +212,8 @@ def _add_errors(app: FastAPI) -> None:
 
     async def invalid(_: Request, error: Exception) -> Response:
         faults = error.errors() if isinstance(error, RequestValidationError) else []
-        found = max(
-            faults, key=lambda fault: len(fault.get("loc", ())), default={}
-        )  # of a union, the one that was meant
+        # Of a union's faults, the deepest is of the type that was meant.
+        found: Any = max(faults, key=lambda fault: len(fault.get("loc", ())), default={})
         message, param = _invalid(found)
         return AsciiJson(error_body(message, 400, "invalid_request", param), 400)
 
