@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,23 @@ def test_waiting_threads_sleep_soon_unless_told_otherwise(monkeypatch, given, ex
         monkeypatch.setenv(name, value)
     hardware.share_cores()
     assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="not Linux")
+def test_a_thread_gives_back_what_it_computes_with() -> None:
+    """In a process of its own, where two threads may be had: they come with work, go, and come again."""
+    code = """
+import os, torch
+from tunesmith.hardware import leave_cores
+count = lambda: len(os.listdir("/proc/self/task"))
+work = lambda: float(torch.ones(1 << 20).sum())
+work()
+busy = count()
+leave_cores()
+rested = count()
+assert work() == 1 << 20
+print(busy - rested, count() - rested)
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(Path(tunesmith.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "1 1\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
 import re
@@ -285,3 +286,26 @@ def test_without_gradio_the_command_says_what_to_install(command, base, monkeypa
     monkeypatch.setattr(ui, "NEEDED", ("gradio", "no_such_library"))
     code, _, err = command("ui", "--model", base)
     assert code == 2 and "no_such_library; install it with: pip install 'tunesmith[ui]'" in err
+
+
+def test_streams_of_an_open_page_end_with_the_server() -> None:
+    pytest.importorskip("gradio", reason="NOT TESTED: pip install 'tunesmith[ui]'")
+    from tunesmith.serve.ui.page import Fenced
+
+    stopping, sent = threading.Event(), []
+
+    async def endless(scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"alive", "more_body": True})
+        assert (await receive())["type"] == "http.disconnect"
+
+    async def never() -> dict:
+        return await asyncio.Event().wait()
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    threading.Timer(0.2, stopping.set).start()
+    fenced = Fenced(endless, stopping.is_set)
+    asyncio.run(asyncio.wait_for(fenced({"type": "http", "path": "/"}, never, send), 10))
+    assert [message.get("more_body", False) for message in sent] == [False, True, False]

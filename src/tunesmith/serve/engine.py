@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from tunesmith.errors import GenerationError, RequestError, TunesmithError
+from tunesmith.hardware import leave_cores
 from tunesmith.inference.answers import Job
 from tunesmith.inference.batch import PREFIX_BYTES, ROWS, Ask, RunningBatch, Said
 from tunesmith.inference.generate import CACHE_BYTES, evaluation_mode
@@ -105,7 +106,8 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="tunesmith-engine", daemon=True)
 
     def start(self) -> Engine:
-        """Begin to answer."""
+        """Begin to answer. Whoever calls this has loaded the model, and computes no more."""
+        leave_cores()
         self._thread.start()
         return self
 
