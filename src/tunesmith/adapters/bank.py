@@ -75,6 +75,10 @@ class BankDelta(Delta):
         chosen = ctx.choice.get(self.adapter)
         if chosen is None:
             return value
+        if len(chosen.groups) == 1 and len(chosen.rows) == len(given):  # one member on all rows: nothing to pick out
+            slot, _ = chosen.groups[0]
+            rank = self.ranks[slot]
+            return torch.addmm(value, functional.linear(given, self.A[slot, :rank]), self.B[slot, :, :rank].t())
         x = given[chosen.rows]
         if len(chosen.rows) < GATHERED * len(chosen.groups):
             A, B = self.A[chosen.index], self.B[chosen.index]  # (rows, rank, in), (rows, out, rank)
