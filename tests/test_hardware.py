@@ -139,6 +139,11 @@ rested = count()
 assert work() == 1 << 20
 print(busy - rested, count() - rested)
 """
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(Path(tunesmith.__file__).parents[1])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "2",
+        "MKL_NUM_THREADS": "2",
+        "PYTHONPATH": str(Path(tunesmith.__file__).parents[1]),
+    }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "1 1\n"

@@ -24,6 +24,7 @@ CELLS = {
     "weights-rank": 3 * 5 + 3 + 1,
     "seeds": 31 * 3,
     "images": 3 * 4,
+    "bits": 5,
 }
 DATA = {"adapter-report", "images"}  # these are given a data set by a word
 

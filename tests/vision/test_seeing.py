@@ -29,6 +29,7 @@ from tunesmith.evaluate.choice import ChoiceSettings, measure, question
 from tunesmith.evaluate.subject import Subject
 from tunesmith.export.verify import verify_run
 from tunesmith.inference.generate import generate
+from tunesmith.inference.history import Turns
 from tunesmith.inference.sample import GenerationSettings
 from tunesmith.inference.session import ChatSession
 from tunesmith.model.load import load_model
@@ -206,7 +207,7 @@ def test_a_talk_about_changing_images_reads_what_a_fresh_one_reads(seeing: Path,
     for picture in (pictures[0], pictures[0], pictures[1], None):
         if picture is not session.picture:
             session.show(picture)
-        row = session._row(session.messages, QUESTION)
+        row = Turns(session.system, session.messages, QUESTION, session.picture).row(session.messages)
         prompt = encode_prompt(row, template, loaded.tokenizer)
         "".join(session.say(QUESTION))
         (alone,) = generate(
