@@ -134,6 +134,12 @@ def seeing(world: World) -> Path:
     return world.root / "seeing"
 
 
+@pytest.fixture(scope="module")
+def blind(world: World) -> str:
+    """What a run on the same rows said that looks at no image; it is in ROOT/blind."""
+    return world.train("blind", {"kind": "llama_adapter", "layers": 2}, 3e-2, 2)
+
+
 def test_it_sees(world: World, seeing: Path) -> None:
     assert world.accuracy("seeing") >= 0.9
 
@@ -160,10 +166,9 @@ def test_shuffled_images_bring_it_to_chance(world: World, seeing: Path) -> None:
     assert abs(found[world.shuffled] - CHANCE) < 0.1, "every label has images of all colours, four of each"
 
 
-def test_text_alone_is_at_chance(world: World) -> None:
-    said = world.train("blind", {"kind": "llama_adapter", "layers": 2}, 3e-2, 2)
+def test_text_alone_is_at_chance(world: World, blind: str) -> None:
     assert abs(world.accuracy("blind") - CHANCE) < 0.01
-    assert "120 of 120 rows have an image, and llama_adapter does not look at it" in said
+    assert "120 of 120 rows have an image, and llama_adapter does not look at it" in blind
 
 
 def test_what_was_saved_is_proved_in_a_fresh_process(seeing: Path) -> None:
@@ -188,6 +193,7 @@ def test_generate_about_images(world: World, seeing: Path, tmp_path: Path) -> No
     assert code == 2 and "nothing here looks at images" in err
 
 
+@pytest.mark.usefixtures("blind")
 def test_chat_about_images(world: World, seeing: Path, tmp_path: Path) -> None:
     files = {c: write_image(tmp_path / f"{c}.png", c, "square", seed=901) for c in COLOURS}
     lines = f"{QUESTION}\n/image {files['green']}\n/reset\n{QUESTION}\n/reset\n/image\n{QUESTION}\n"
