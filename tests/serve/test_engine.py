@@ -204,7 +204,7 @@ def test_adapters_are_replaced_and_removed_under_way(base, adapters, tmp_path) -
             assert set(ending(events).result.text) <= set(LETTERS[name])
         until(lambda: registry.retired == 0)
         assert len(attached_adapters(registry.model)) == 2
-        assert {held.key[2] for held in engine.batch.prefixes._held.values()} <= {2}
+        until(lambda: {held.key[2] for held in [*engine.batch.prefixes._held.values()]} <= {2})
         engine.call(lambda: registry.remove("alpha")).result(20)
         with pytest.raises(RequestError, match="there is no model 'alpha'"):
             said(engine, "alpha")
