@@ -138,7 +138,8 @@ def page(browser, site, said):
     tab.on("console", lambda message: said.append(message.text))
     tab.on("pageerror", lambda error: said.append(str(error)))
     tab.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
-    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("requestfinished", lambda request: asked.append(request.url))
+    tab.on("requestfailed", lambda request: asked.append(request.url) if request.failure != "csp" else None)
     tab.goto(site.url)
     tab.wait_for_selector("#question textarea")
     yield tab
