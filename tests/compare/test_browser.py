@@ -6,26 +6,17 @@ Needs Playwright (`pip install 'tunesmith[browser]'`) and a Chromium: Playwright
 from __future__ import annotations
 
 import re
-import shutil
 
 import pytest
+from tests.browser import chromium
 from tests.compare.shown import HOSTILE, TEXT, write_all
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="NOT TESTED, playwright is not installed")
-NAMES = ("chromium", "chromium-browser", "google-chrome")
 SMALLEST = 9  # pixels of the letters that a person can read
 
 
 @pytest.fixture(scope="module")
 def browser():
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    with sync_api.sync_playwright() as playwright:
-        try:
-            one = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        except sync_api.Error as error:
-            pytest.skip(f"NOT TESTED, there is no Chromium: {str(error).splitlines()[0]}")
-        yield one
-        one.close()
+    yield from chromium()
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,7 @@ def test_what_is_refused_before_anything_is_loaded(command, base, tmp_path, monk
     assert command("serve")[0] == 2
     monkeypatch.setattr(command_of_serve, "NEEDED", ("fastapi", "no_such_library"))
     code, _, err = command(*words)
-    assert code == 2 and "serving needs no_such_library; install it with: pip install 'tunesmith[serve]'" in err
+    assert code == 2 and "this needs no_such_library; install it with: pip install 'tunesmith[serve]'" in err
 
 
 def test_a_port_that_is_taken(command, base, live) -> None:

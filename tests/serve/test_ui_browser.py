@@ -6,12 +6,12 @@ Needs gradio (`pip install 'tunesmith[ui]'`), Playwright (`pip install 'tunesmit
 from __future__ import annotations
 
 import re
-import shutil
 import threading
 import time
 from functools import partial
 
 import pytest
+from tests.browser import chromium
 from tests.serve.conftest import KEY, LETTERS, make_registry
 from tests.vision.small import write_image
 
@@ -19,7 +19,6 @@ from tunesmith.serve.engine import Engine, Limits
 
 pytest.importorskip("gradio", reason="NOT TESTED, gradio is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="NOT TESTED, playwright is not installed")
-NAMES = ("chromium", "chromium-browser", "google-chrome")
 STOPPED = re.compile("^(Blocked|Refused) .*sandboxed|violates the following Content Security Policy")
 PAYLOADS = [
     "<script>document.title='run'</script>",
@@ -61,14 +60,7 @@ PAYLOADS = [
 @pytest.fixture(scope="module")
 def browser():
     sync_api.expect.set_options(timeout=30_000)
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    with sync_api.sync_playwright() as playwright:
-        try:
-            one = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        except sync_api.Error as error:
-            pytest.skip(f"NOT TESTED, there is no Chromium: {str(error).splitlines()[0]}")
-        yield one
-        one.close()
+    yield from chromium()
 
 
 class Site:
@@ -229,7 +221,7 @@ def test_who_leaves_frees_the_engine(browser, site) -> None:
 
 def test_models_answer_side_by_side(page, site) -> None:
     page.get_by_role("tab", name="Side by side").click()
-    choose(page, "Answered by \\(up to".replace("\\", ""), "beta")
+    choose(page, "Answered by (up to", "beta")
     page.fill("#both-question textarea", "Who are you?")
     page.get_by_role("button", name="Ask all").click()
     sync_api.expect(page.locator(".told:visible")).to_contain_text("tokens in", timeout=20_000)
@@ -333,7 +325,7 @@ def test_nothing_that_a_run_is_called_or_holds_runs(page, site, said) -> None:
     said.clear()
 
 
-def test_a_form_previews_data_and_trains(page, site, base, tmp_path) -> None:
+def test_a_form_previews_data_and_trains(page, site, said, tmp_path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"prompt": "Say {n}", "completion": "yes {n}"}}\n' for n in range(12)))
     page.get_by_role("tab", name="Data and training").click()
@@ -342,15 +334,15 @@ def test_a_form_previews_data_and_trains(page, site, base, tmp_path) -> None:
     field.press("Enter")
     page.get_by_label("Name of the run").fill("by-form")
     page.fill("#more textarea", "train.batch_size=4\ndata.valid_size=4\nadapter.rank=2\nmodel.device=cpu")
-    said = page.locator("#said textarea")
+    told = page.locator("#said textarea")
     page.get_by_role("button", name="Preview data").click()
-    sync_api.expect(said).to_have_value(re.compile(r"\[\[yes \d[\s\S]*done\n$"), timeout=60_000)
+    sync_api.expect(told).to_have_value(re.compile(r"\[\[yes \d[\s\S]*done\n$"), timeout=60_000)
     page.get_by_role("button", name="Train", exact=True).click()
-    sync_api.expect(said).to_have_value(re.compile(r"by-form\ndone\n$"), timeout=120_000)
+    sync_api.expect(told).to_have_value(re.compile(r"by-form\ndone\n$"), timeout=120_000)
     page.get_by_role("tab", name="Runs").click()
-    page.get_by_role("button", name="Look again").click()
     sync_api.expect(page.locator("iframe.report")).to_have_attribute("title", "report of by-form")
     page.reload()
+    said.clear()  # what was under way is aborted, and Gradio says so
     page.wait_for_selector("#question textarea")
     choose(page, "Answered by", "by-form")  # it is loaded when it is first asked
     ask(page, "Say 3")

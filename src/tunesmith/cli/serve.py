@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -68,32 +69,50 @@ def serve(
     tunesmith serve --model M --adapter a=runs/A --adapter b=runs/B --port 8000
     tunesmith serve --model M --adapters runs --host 0.0.0.0 --api-key-file key.txt
     """
-    if missing := [each for each in NEEDED if find_spec(each) is None]:
-        raise ConfigError(f"serving needs {', '.join(missing)}; install it with: pip install 'tunesmith[serve]'")
-    key = read_key(api_key_file)
-    from tunesmith.serve.guard import check_address
-
-    check_address(host, key)
+    check_installed(NEEDED, "serve")
+    key = checked_key(api_key_file, host)
     open_files(method_file)
     named, base = what_to_serve(target, model, adapter)
-    from tunesmith import api
+    _, registry = open_registry(named, base, name, adapters, dtype, device)
     from tunesmith.serve.api import Options
     from tunesmith.serve.engine import Limits
-    from tunesmith.serve.registry import Registry, model_name
     from tunesmith.serve.start import run
 
-    loaded, infos = api.load_for(base, named, dtype=dtype, device=device)
-    registry = Registry(
-        loaded.model, loaded.tokenizer, loaded.identity, name or model_name(loaded.name), folder=adapters
-    )
-    for each, info in infos.items():
-        registry.add(each, info.folder)
     for line in load_all(registry, set(named)):
         note(line)
     note(f"models: {', '.join(entry.name for entry in registry.entries)}")
     mib = 1 << 20
     limits = Limits(answers, waiting, queue_seconds, request_seconds, cache_mib * mib, prefix_cache_mib * mib)
     run(registry, host, port, Options(key, max_new_tokens, temperature), limits, note)
+
+
+def check_installed(needed: Sequence[str], extra: str) -> None:
+    """Raise ConfigError where a library is not there that the extra brings."""
+    if missing := [each for each in needed if find_spec(each) is None]:
+        raise ConfigError(f"this needs {', '.join(missing)}; install it with: pip install 'tunesmith[{extra}]'")
+
+
+def checked_key(file: Path | None, host: str) -> str | None:
+    """The key, before anything is loaded. Raises ConfigError for an address that needs one, and for a bad one."""
+    from tunesmith.serve.guard import check_address
+
+    key = read_key(file)
+    check_address(host, key)
+    return key
+
+
+def open_registry(
+    named: Mapping[str, Path], base: str | None, name: str | None, folder: Path | None, dtype: str, device: str
+) -> tuple[str, Registry]:
+    """Load the base (None: the one that the adapters name) and the named adapters; also how the base was called."""
+    from tunesmith import api
+    from tunesmith.serve.registry import Registry, model_name
+
+    loaded, infos = api.load_for(base, named, dtype=dtype, device=device)
+    registry = Registry(loaded.model, loaded.tokenizer, loaded.identity, name or model_name(loaded.name), folder=folder)
+    for each, info in infos.items():
+        registry.add(each, info.folder)
+    return loaded.name, registry
 
 
 def read_key(file: Path | None) -> str | None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tunesmith.cli.methods import MethodFiles, open_files
-from tunesmith.cli.serve import Host, KeyFile, Name, read_key, what_to_serve
+from tunesmith.cli.serve import Host, KeyFile, Name, check_installed, checked_key, open_registry, what_to_serve
 from tunesmith.cli.shell import app, command, note
 from tunesmith.cli.use import Adapters, Device, Dtype, Model, Target
-from tunesmith.errors import ConfigError
 
 NEEDED = ("gradio", "fastapi", "uvicorn")
 
@@ -43,23 +41,14 @@ def ui(
     tunesmith ui runs/NAME
     tunesmith ui --model M --adapter a=runs/A --adapter b=runs/B --runs runs
     """
-    if missing := [each for each in NEEDED if find_spec(each) is None]:
-        raise ConfigError(f"the page needs {', '.join(missing)}; install it with: pip install 'tunesmith[ui]'")
-    key = read_key(api_key_file)
-    from tunesmith.serve.guard import check_address
-
-    check_address(host, key)
+    check_installed(NEEDED, "ui")
+    key = checked_key(api_key_file, host)
     open_files(method_file)
     named, base = what_to_serve(target, model, adapter)
-    from tunesmith import api
+    called, registry = open_registry(named, base, name, runs, dtype, device)
     from tunesmith.serve.engine import Limits
-    from tunesmith.serve.registry import Registry, model_name
     from tunesmith.serve.ui.page import Options
     from tunesmith.serve.ui.start import run
 
-    loaded, infos = api.load_for(base, named, dtype=dtype, device=device)
-    registry = Registry(loaded.model, loaded.tokenizer, loaded.identity, name or model_name(loaded.name), folder=runs)
-    for each, info in infos.items():
-        registry.add(each, info.folder)
-    options = Options(runs.resolve(), loaded.name, max_new_tokens, key)
+    options = Options(runs.resolve(), called, max_new_tokens, key)
     run(registry, host, port, options, Limits(), note)

@@ -25,6 +25,7 @@ from tunesmith.data.encode import encode_prompt
 from tunesmith.data.schemas import chat_row
 from tunesmith.data.segments import Template
 from tunesmith.errors import ConfigError, RequestError, did_you_mean
+from tunesmith.hardware import leave_cores
 from tunesmith.inference.history import Turns, fitting
 from tunesmith.inference.prefill import check_prompt, context_limit
 from tunesmith.inference.templates import base_template, saved_template
@@ -148,6 +149,7 @@ class Registry:
         with self._eyes:
             seen = open_image(image, where)
             look_all([seen], entry.looks, show=False)
+            leave_cores()  # the engine's thread has its own
         return seen
 
     @contextmanager

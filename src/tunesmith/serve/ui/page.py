@@ -21,6 +21,7 @@ from tunesmith.serve.engine import Engine
 from tunesmith.serve.guard import App, Guard, Message, Receive, Send
 from tunesmith.serve.ui.chat_tab import chat_tab
 from tunesmith.serve.ui.jobs import Jobs
+from tunesmith.serve.ui.parts import HIDDEN
 from tunesmith.serve.ui.runs_tab import runs_tab
 from tunesmith.serve.ui.sides_tab import sides_tab
 from tunesmith.serve.ui.talk import choices
@@ -78,8 +79,8 @@ def build(engine: Engine, options: Options, jobs: Jobs) -> gr.Blocks:
             one = chat_tab(engine, options.max_new_tokens)
         with gr.Tab("Side by side"):
             several = sides_tab(engine, options.max_new_tokens)
-        with gr.Tab("Runs"):
-            run = runs_tab(options.runs)
+        with gr.Tab("Runs") as seen:
+            runs_tab(seen, options.runs)
         with gr.Tab("Data and training") as training:
             said, follow = train_tab(jobs, options.runs, options.model)
 
@@ -87,9 +88,8 @@ def build(engine: Engine, options: Options, jobs: Jobs) -> gr.Blocks:
             found = choices(engine)
             return gr.Dropdown(found), gr.Dropdown(found)
 
-        blocks.load(known, None, [one, several], api_visibility="private")
-        training.select(follow, None, said, show_progress="hidden", api_visibility="private")
-        del run
+        blocks.load(known, None, [one, several], api_visibility=HIDDEN)
+        training.select(follow, None, said, show_progress="hidden", api_visibility=HIDDEN)
     blocks.queue(default_concurrency_limit=options.streams, api_open=False)
     return blocks
 

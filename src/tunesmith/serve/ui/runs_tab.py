@@ -19,8 +19,8 @@ def look(folder: Path, name: str | None) -> str:
         return line(f"error: {error}")
 
 
-def runs_tab(folder: Path) -> gr.Dropdown:
-    """Lay the tab out; returns the choice of runs."""
+def runs_tab(tab: gr.Tab, folder: Path) -> None:
+    """Lay `tab` out; it looks for runs anew each time that it is opened."""
     with gr.Row():
         choice = gr.Dropdown(runs(folder), value=None, label=f"Runs in {folder}", scale=4, elem_id="run")
         refresh = gr.Button("Look again", scale=1)
@@ -32,5 +32,5 @@ def runs_tab(folder: Path) -> gr.Dropdown:
         return gr.Dropdown(found, value=name), look(folder, name)
 
     choice.input(lambda name: look(folder, name), choice, frame, api_visibility=HIDDEN)
-    refresh.click(fresh, choice, [choice, frame], api_visibility=HIDDEN)
-    return choice
+    for event in (tab.select, refresh.click):
+        event(fresh, choice, [choice, frame], api_visibility=HIDDEN)
