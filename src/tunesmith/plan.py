@@ -73,7 +73,7 @@ def plan_run(run: Run, ask: Ask | None = None) -> dict[str, Any]:
         choice, fits = choose(work, available), True
     except OutOfMemory as error:
         tokens = run.train.pack_tokens or least(work)
-        choice, fits = Choice(tokens, run.train.recompute, plan(work, tokens, run.train.recompute), str(error)), False
+        choice, fits = Choice(tokens, run.train.recompute, plan(work, tokens), str(error)), False
     found = _about(run, work, choice) | {
         "memory_gib": _gib(choice.memory.total),
         "memory_gb": round(choice.memory.total / 1e9, 2),
@@ -133,7 +133,7 @@ def ways(run: Run, ask: Ask, available: int) -> list[dict[str, Any]]:
             choice, fits = choose(work, available), True
         except OutOfMemory:
             tokens = run.train.pack_tokens or least(work)
-            choice, fits = Choice(tokens, work.train.recompute, plan(work, tokens, work.train.recompute), ""), False
+            choice, fits = Choice(tokens, work.train.recompute, plan(work, tokens), ""), False
         settings = {**changes, "train.pack_tokens": choice.pack_tokens}
         found.append({"settings": settings, "memory_gib": _gib(choice.memory.total), "fits": fits})
     return found

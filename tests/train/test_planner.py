@@ -103,6 +103,7 @@ def test_less_memory_is_met_by_smaller_packs_and_then_by_recomputation() -> None
     assert choose(one, int(middle / SPARE) - 2).pack_tokens == 1024 - STEP
     least, selective, again = (plan(one, STEP, kind).total for kind in (False, "selective", True))
     assert again < selective < least
+    assert plan(work([200] * 64, batch_size=64, recompute=True), STEP).total == again  # what `train` names
     found = choose(one, int(again / SPARE) + 2)
     assert (found.pack_tokens, found.recompute) == (STEP, True) and "train.recompute=true" in found.why
     with pytest.raises(OutOfMemory, match=r"a pack of 256 tokens .* GiB"):

@@ -130,9 +130,9 @@ def _pairs(pack: Pack) -> int:
 _SIZES: tuple[Callable[[Pack], int], ...] = (lambda pack: pack.layout.tokens, _pairs)
 
 
-def plan(work: Work, pack_tokens: int, recompute: Recompute = False) -> MemoryPlan:
-    """The memory plan of `work` with packs of at most `pack_tokens` tokens."""
-    return with_step(work, work.step(pack_tokens, recompute))
+def plan(work: Work, pack_tokens: int, recompute: Recompute | None = None) -> MemoryPlan:
+    """The memory plan of `work` with packs of at most `pack_tokens` tokens; `recompute` instead of what it names."""
+    return with_step(work, work.step(pack_tokens, work.train.recompute if recompute is None else recompute))
 
 
 def with_step(work: Work, step: StepBytes) -> MemoryPlan:
@@ -256,7 +256,7 @@ def _why(work: Work, tokens: int, budget: int) -> str:
 def _does_not_fit(work: Work, budget: int) -> str:
     settings = work.train
     tokens = settings.pack_tokens or least(work)
-    needed = plan(work, tokens, settings.recompute)
+    needed = plan(work, tokens)
     cures: Iterable[str] = (
         *(["train.recompute=true"] if not settings.recompute and plan(work, tokens, True).total <= budget else []),
         *(["a smaller train.pack_tokens"] if settings.pack_tokens and tokens > least(work) else []),
