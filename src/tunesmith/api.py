@@ -31,6 +31,7 @@ from tunesmith.data.segments import Template
 from tunesmith.errors import AdapterError, ConfigError, did_you_mean
 from tunesmith.inference.sample import GenerationSettings
 from tunesmith.inference.templates import base_template, saved_template
+from tunesmith.model.as_stored import hold_as_stored
 from tunesmith.model.quantize import quant_of, spec_of
 from tunesmith.plan import plan_run, preview_data
 from tunesmith.prepare import Loaded, load_base
@@ -71,12 +72,14 @@ def load(
     device: str = "auto",
     adapter: str | Path | Mapping[str, str | Path] | None = None,
     quant: str | Mapping[str, Any] | None = None,
+    as_stored: bool = False,
 ) -> Loaded:
     """Load a base model (catalog or hub name, folder, .gguf), a run folder or an adapter folder with its base.
 
     `adapter`: a path, or several by name. Tokenizer and template are checked against those the adapter was trained
     with; `auto` is the precision that a run was trained in. `quant`: kind or settings of section quant; None is what
-    the adapter was trained on. Raises CatalogError, ModelError, TokenizerError, AdapterError.
+    the adapter was trained on. `as_stored`: on a CPU, a GGUF file's weights stay in their few bits, which answers
+    faster and cannot be trained or merged. Raises CatalogError, ModelError, TokenizerError, AdapterError.
     """
     named = {"default": Path(adapter)} if isinstance(adapter, str | Path) else _paths(adapter)
     if name is not None and (own := adapter_folder(Path(name))) is not None:
@@ -94,6 +97,8 @@ def load(
             f"--adapter {changed[0]}: its method trained the base's own weights, so no other adapter fits beside it; "
             "load it alone"
         )
+    if as_stored:
+        hold_as_stored(loaded.model, loaded.path, [key for each in loaded.adapters.values() for key in each.base])
     loaded.model.eval()
     return loaded
 

@@ -33,7 +33,8 @@ def test_only_settings_that_were_given_are_passed_on(answering, tunesmith_comman
         "generate", "runs/a", "-p", "hi", "--temperature", "0.5", "--top-k", "3", "--stop", "x"
     )
     assert (code, out) == (0, "HI\n")
-    assert answering.calls[0] == ("load", ("runs/a",), {"dtype": "auto", "device": "auto", "adapter": None})
+    how = {"dtype": "auto", "device": "auto", "adapter": None, "as_stored": True}
+    assert answering.calls[0] == ("load", ("runs/a",), how)
     name, args, settings = answering.calls[1]
     assert (name, args) == ("generate_all", ("LOADED", ["hi"]))
     assert settings == {"use": None, "temperature": 0.5, "top_k": 3, "stop": ["x"]}

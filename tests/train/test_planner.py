@@ -56,10 +56,13 @@ def test_parts_that_have_a_closed_form() -> None:
 
 
 def test_a_trained_base_is_counted_once() -> None:
-    found = plan(work([50] * 16, {"kind": "full"}), 4096).parts
+    one = work([50] * 16, {"kind": "full"})
+    found = plan(one, 256).parts
     assert (
         found["adapter"] == 0 and found["gradients"] == found["weights"] and found["optimizer"] == 2 * found["weights"]
     )
+    alone = plan(one, 4096).parts  # one pack: its gradients come as its activations go
+    assert alone["gradients"] < found["gradients"] and alone["activations"] > found["gradients"]
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("nf4", 4.127), ("int8", 8.0)])

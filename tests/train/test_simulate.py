@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,13 +19,13 @@ from tunesmith.train.simulate import StepBytes, alike, counting, from_few_blocks
 SPECS: list[dict[str, Any]] = [{"kind": kind} for kind in ("lora", "llama_adapter", "prefix", "full")]
 
 
-def counted(spec: dict[str, Any], recompute: bool) -> StepBytes:
+def counted(spec: dict[str, Any], recompute: bool, first: bool = False) -> StepBytes:
     """A real step on the CPU."""
     model = build(TINY, torch.float32).train()
     adapter = attach(model, spec)
     (pack,) = packs_of(model, examples())
     ctx = model.context(pack.layout)
-    with counting(model, adapter, pack) as count:
+    with counting(model, adapter, pack, first) as count:
         hidden = model.run(pack.tokens, ctx, recompute)
         count.forward()
         loss = pack_loss(model, pack, ctx, hidden)
@@ -34,13 +35,13 @@ def counted(spec: dict[str, Any], recompute: bool) -> StepBytes:
     return count.found
 
 
-def simulated(spec: dict[str, Any], recompute: bool, native: bool) -> StepBytes:
+def simulated(spec: dict[str, Any], recompute: bool, native: bool, first: bool = False) -> StepBytes:
     with torch.device("meta"):
         model = Llama(TINY)
     model.requires_grad_(False)
     adapter = attach(model, spec)
     (pack,) = packs_of(model, examples(), device="meta")
-    return step_bytes(model, adapter, pack, recompute=recompute, native=native)
+    return step_bytes(model, adapter, pack, recompute=recompute, native=native, first=first)
 
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])
@@ -57,6 +58,20 @@ def test_a_simulated_step_holds_what_a_real_one_does(spec: dict[str, Any], recom
     made = simulated(spec, recompute, kernels == "native")
     assert real.peak > real.kept > 10_000
     assert made == real
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_come_in_the_first_backward(recompute: bool) -> None:
+    """Those of the whole model: at its end they are there, and at the peak less than beside all activations."""
+    full = {"kind": "full"}
+    real, made = counted(full, recompute, first=True), simulated(full, recompute, True, first=True)
+    assert made == real and made.first
+    later = simulated(full, recompute, True)
+    with torch.device("meta"):
+        model = Llama(TINY)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert made.end >= size > later.end
+    assert made.peak < later.peak + size
 
 
 def test_a_longer_pack_and_no_recomputation_hold_more() -> None:
@@ -76,6 +91,21 @@ def test_few_blocks_tell_what_all_hold(kind: str, recompute: bool) -> None:
     whole = step_bytes(model, adapter, pack, recompute=recompute)
     assert from_few_blocks(model, lambda: step_bytes(model, adapter, pack, recompute=recompute)) == whole
     assert len(model.model.layers) == 9
+
+
+@pytest.mark.parametrize("blocks", [9, 60])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_few_blocks_tell_how_gradients_grow(recompute: bool, blocks: int) -> None:
+    with torch.device("meta"):
+        model = Llama(replace(TINY, num_hidden_layers=blocks))
+    model.requires_grad_(False)
+    adapter = attach(model, {"kind": "full"})
+    (pack,) = packs_of(model, examples(), device="meta")
+    count = partial(step_bytes, model, adapter, pack, recompute=recompute, first=True)
+    count()
+    whole, told = count(), from_few_blocks(model, count)
+    assert (told.kept, told.loss, told.end) == (whole.kept, whole.loss, whole.end)
+    assert told.peak == pytest.approx(whole.peak, rel=0.02)
 
 
 def test_blocks_that_differ_are_all_counted() -> None:

@@ -106,9 +106,11 @@ def open_registry(
 ) -> tuple[str, Registry]:
     """Load the base (None: the one that the adapters name) and the named adapters; also how the base was called."""
     from tunesmith import api
+    from tunesmith.model.as_stored import hold_as_stored
     from tunesmith.serve.registry import Registry, model_name
 
     loaded, infos = api.load_for(base, named, dtype=dtype, device=device)
+    hold_as_stored(loaded.model, loaded.path)
     registry = Registry(loaded.model, loaded.tokenizer, loaded.identity, name or model_name(loaded.name), folder=folder)
     for each, info in infos.items():
         registry.add(each, info.folder)

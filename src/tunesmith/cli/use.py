@@ -86,7 +86,7 @@ def generate(
     live = not json and (beams or 1) == 1 and (sys.stdout.isatty() if stream is None else stream)
     from tunesmith import api
 
-    loaded = api.load(base, dtype=dtype, device=device, adapter=adapters)
+    loaded = api.load(base, dtype=dtype, device=device, adapter=adapters, as_stored=True)
     if live:
         for number, text in enumerate(prompts):
             api.generate(loaded, text, use=use, on_text=_show, **settings, **given(image=images[number]))
@@ -126,7 +126,8 @@ def chat(
     open_files(method_file)
     from tunesmith import api
 
-    api.chat(api.load(base, dtype=dtype, device=device, adapter=adapters), use=use, console=console(), **settings)
+    loaded = api.load(base, dtype=dtype, device=device, adapter=adapters, as_stored=True)
+    api.chat(loaded, use=use, console=console(), **settings)
 
 
 def given(**settings: Any) -> dict[str, Any]:

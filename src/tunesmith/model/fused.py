@@ -20,17 +20,17 @@ from tunesmith.model.native import kernels_for
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; the mean in float32."""
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _normed(x, weight, eps)[0]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x (tokens, heads, head_dim), first half against second half, as Hugging Face lays it out."""
-    return _Rotate.apply(x, cos, sin)
+    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin, 1.0)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    return _SwiGLU.apply(gate, up)
+    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else _gated(gate, up)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -40,15 +40,9 @@ def _wide(x: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        kernels = kernels_for(x, weight)
-        if kernels is not None:
-            y, scale = kernels.rms_norm(x, weight, eps)
-            ctx.save_for_backward(x, weight, scale.view(*x.shape[:-1], 1))
-            return y
-        wide = _wide(x)
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        y, scale = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype) * weight
+        return y
 
     @staticmethod
     @once_differentiable
@@ -66,6 +60,17 @@ class _RMSNorm(torch.autograd.Function):
         inner = _wide(grad) * _wide(weight)
         inner = (inner - normed * (inner * normed).mean(-1, keepdim=True)) * scale
         return inner.to(x.dtype), grad_weight, None
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y, and 1 / rms(x) with a last dimension of 1."""
+    kernels = kernels_for(x, weight)
+    if kernels is not None:
+        y, scale = kernels.rms_norm(x, weight, eps)
+        return y, scale.view(*x.shape[:-1], 1)
+    wide = _wide(x)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale).to(x.dtype) * weight, scale
 
 
 class _Rotate(torch.autograd.Function):
@@ -97,8 +102,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        kernels = kernels_for(gate, up)
-        return functional.silu(gate) * up if kernels is None else kernels.swiglu(gate, up)
+        return _gated(gate, up)
 
     @staticmethod
     @once_differentiable
@@ -112,6 +116,11 @@ class _SwiGLU(torch.autograd.Function):
         wide = _wide(grad)
         grad_gate = wide * _wide(up) * (sigmoid + silu * (1 - sigmoid))
         return grad_gate.to(gate.dtype), (wide * silu).to(up.dtype)
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    kernels = kernels_for(gate, up)
+    return functional.silu(gate) * up if kernels is None else kernels.swiglu(gate, up)
 
 
 def _plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

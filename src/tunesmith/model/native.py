@@ -1,5 +1,5 @@
 """Builds, loads and calls kernels.cpp: the CPU's element-wise work in one pass where torch makes several; and
-quantized.cpp, which reads frozen weights of few bits (called from product.py).
+quantized.cpp and few_rows.cpp, which read frozen weights of few bits (called from product.py).
 
 The machine's own C++ compiler builds it once (about a second) into the cache folder, under a name that tells source,
 flags, compiler and processor apart. Where there is no compiler the torch formulas of fused.py and attention.py do the
@@ -23,7 +23,9 @@ from torch import Tensor
 from tunesmith.errors import ConfigError
 from tunesmith.model.build import NO_COMPILER, build, compiler, reason
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "quantized.cpp", "bf16.h"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("kernels.cpp", "quantized.cpp", "few_rows.cpp", "bf16.h", "expand.h")
+)
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),  # none of these touches NaN or infinity
@@ -128,7 +130,7 @@ class Kernels:
             function.argtypes = [next(c for k, c in kinds.items() if isinstance(a, k)) for a in arguments]
             function.restype = None
             self._functions[name, dtype] = function
-        function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+        function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
 
 
 def or_null(x: Tensor | None) -> Tensor:
@@ -163,8 +165,9 @@ def kernels_for(*tensors: Tensor) -> Kernels | None:
         return None
     if _process.shapes and first.device.type == "meta":
         return _process.shapes
-    if any(t.device.type != "cpu" or t.dtype != first.dtype or not t.is_contiguous() for t in tensors):
-        return None
+    for t in tensors:
+        if not t.is_cpu or t.dtype != first.dtype or not t.is_contiguous():
+            return None
     return None if _process.torch_only else built()[0]
 
 

@@ -3,7 +3,8 @@
     forward:  W' = dense(packed);  y = x W'^T;  W' is let go        backward:  W' = dense(packed) again;  dx = dy W'
 
 Reading has three ways that give the same bits: the storage's own torch formula, a native kernel on a CPU
-(quantized.cpp), and bitsandbytes' kernels on CUDA where that is installed. Few rows on a CPU need no dense matrix.
+(quantized.cpp), and bitsandbytes' kernels on CUDA where that is installed. Few rows on a CPU need no dense matrix
+(few_rows.cpp).
 """
 
 from __future__ import annotations
@@ -88,7 +89,6 @@ def _few_rows(x: Tensor, packed: Tensor, storage: Storage) -> Tensor | None:
 class _Way:
     """How the native kernels called `name` are given a storage: tensors, then sizes."""
 
-    kind: type[Storage]
     name: str
     read: Callable[[Tensor, Any], tuple[Tensor, ...]]
     sizes: Callable[[Any], tuple[int, ...]]
@@ -100,27 +100,25 @@ def _blockwise(packed: Tensor, storage: Blockwise) -> tuple[Tensor, ...]:
     return packed, storage.table, storage.absmax, *nested
 
 
-_WAYS = (
-    _Way(
-        Blockwise,
+_WAYS: dict[type[Storage], _Way] = {
+    Blockwise: _Way(
         "blockwise",
         _blockwise,
         lambda s: (s.shape[0] * s.shape[1], s.code_bits, s.block),
         lambda s: (s.code_bits, s.block),
     ),
-    _Way(
-        Ggml,
+    Ggml: _Way(
         "ggml",
         lambda packed, s: (packed,),
         lambda s: (s.shape[0] * s.shape[1] // 32, s.number),
         lambda s: (s.number,),
     ),
-    _Way(Int8, "rows", lambda packed, s: (packed, s.absmax), lambda s: s.shape, lambda s: ()),
-)
+    Int8: _Way("rows", lambda packed, s: (packed, s.absmax), lambda s: s.shape, lambda s: ()),
+}
 
 
 def _way(storage: Storage) -> _Way | None:
-    return next((way for way in _WAYS if isinstance(storage, way.kind)), None)
+    return next((_WAYS[kind] for kind in type(storage).__mro__ if kind in _WAYS), None)
 
 
 def _dense_cuda(packed: Tensor, storage: Storage, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,9 @@
 
     weights      the base's, as they are held (a tied head is the embedding; a quantized linear its packed numbers)
     adapter      what is added to the base: float32 parameters and buffers
-    gradients    of every trainable parameter, in its own type; optimizer: the states that build_optimizer makes
+    gradients    of every trainable parameter, in its own type. Where base weights are trained and a batch is one pack,
+                 they come as activations go, and only what they take beyond those is counted
+    optimizer    the states that build_optimizer makes
     activations  what forward and loss keep for the backward
     logits       the most that the loss holds beside them
     workspace    what the heaviest moment of all holds beyond these: within a block's backward, or the optimizer's step
@@ -83,14 +85,12 @@ class Work:
         """Tokens of the longest row."""
         return max((len(e.ids) for e in self.examples), default=1)
 
-    def packs(self, pack_tokens: int) -> list[Pack]:
-        """The packs of the batches that need the most memory, on the meta device."""
+    def batches(self, pack_tokens: int) -> list[list[Pack]]:
+        """The packs of each of the batches that need the most memory, on the meta device."""
         settings = self.train
-        batches = heaviest_batches([len(e.ids) for e in self.examples], settings)
+        heaviest = heaviest_batches([len(e.ids) for e in self.examples], settings)
         return [
-            pack
-            for rows in batches
-            for pack in plan_packs(
+            plan_packs(
                 [self.examples[i] for i in rows],
                 budget=pack_tokens,
                 max_rows=settings.micro_batch,
@@ -98,19 +98,23 @@ class Work:
                 device="meta",
                 needs=self.model.needs(),
             )
+            for rows in heaviest
         ]
 
     def step(self, pack_tokens: int, recompute: Recompute) -> StepBytes:
         """The most that a step holds, over the heaviest packs (remembered)."""
         key = pack_tokens, recompute
         if key not in self._steps:
-            packs = self.packs(pack_tokens)
+            batches = self.batches(pack_tokens)
+            packs = [pack for batch in batches for pack in batch]
             heavy = {max(packs, key=size).examples: max(packs, key=size) for size in _SIZES} if packs else {}
-            found = [self._one(pack, recompute) for pack in heavy.values()]
+            # A batch's later packs find gradients there. Those of an adapter are too small to tell the cases apart.
+            first = bool(self.adapter.base) and all(len(batch) == 1 for batch in batches)
+            found = [self._one(pack, recompute, first) for pack in heavy.values()]
             self._steps[key] = max(found, key=lambda s: s.peak, default=StepBytes(0, 0, 0))
         return self._steps[key]
 
-    def _one(self, pack: Pack, recompute: Recompute) -> StepBytes:
+    def _one(self, pack: Pack, recompute: Recompute, first: bool) -> StepBytes:
         count = partial(
             step_bytes,
             self.model,
@@ -119,6 +123,7 @@ class Work:
             recompute=recompute,
             native=self.native,
             dropout=self.train.attention_dropout,
+            first=first,
         )
         return from_few_blocks(self.model, count)
 
@@ -137,20 +142,24 @@ def plan(work: Work, pack_tokens: int, recompute: Recompute | None = None) -> Me
 
 def with_step(work: Work, step: StepBytes) -> MemoryPlan:
     """The memory plan of `work` whose heaviest step holds `step`."""
-    trained = list(work.adapter.trainable.values())
     base, added = _held(work)
     settings = work.train
+    gradients = sum(p.numel() * p.element_size() for p in work.adapter.trainable.values())
     in_update = workspace_bytes(work.adapter.trainable, settings.optimizer, settings.offload, work.device)
-    peak = max(step.peak, in_update)
-    logits = min(step.loss - step.kept, peak - step.kept) if step.loss > step.kept else 0
+    most = max(step.peak, in_update + gradients * step.first)
+    logits = min(step.loss, most) - step.kept if step.loss > step.kept else 0
+    beside = most - step.kept - logits
+    if step.first:  # they are in `beside`, as far as there was no room for them yet where activations had been
+        gradients = min(gradients, beside)
+        beside -= gradients
     live = {
         "weights": base,
         "adapter": added,
-        "gradients": sum(p.numel() * p.element_size() for p in trained),
+        "gradients": gradients,
         "optimizer": _states(work),
         "activations": step.kept,
         "logits": logits,
-        "workspace": peak - step.kept - logits,
+        "workspace": beside,
     }
     return MemoryPlan(live | {"allocator": _spare(work, live), "process": IMPORTS + RUNTIME})
 

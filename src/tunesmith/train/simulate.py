@@ -64,13 +64,17 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes that a step holds beside weights, gradients and optimizer: `kept` for the backward; at the most while the
-    `loss` is formed; at the `peak` of it all.
+    """Bytes that a step holds beside weights and optimizer: `kept` for the backward; at the most while the `loss` is
+    formed; at the `peak` of it all; at the `end` of the backward.
+
+    Gradients are not among them, but where the step is the `first` of its batch: there they come in the backward.
     """
 
     kept: int
     loss: int
     peak: int
+    end: int = 0
+    first: bool = False
 
 
 def step_bytes(
@@ -81,13 +85,15 @@ def step_bytes(
     recompute: bool | str = False,
     native: bool = True,
     dropout: float = 0.0,
+    first: bool = False,
 ) -> StepBytes:
     """Run forward and backward of `pack` (made for the device "meta") on a model on the meta device.
 
-    `native`: with the shapes that the CPU's native kernels make, instead of torch's. `dropout`: attention's.
+    `native`: with the shapes that the CPU's native kernels make, instead of torch's. `dropout`: attention's. `first`:
+    see `StepBytes`.
     """
     ctx = model.context(pack.layout, dropout=dropout)  # beforehand: positions and tiles are no bytes to speak of
-    with shapes_only(native), counting(model, adapter, pack) as count:
+    with shapes_only(native), counting(model, adapter, pack, first) as count:
         hidden = model.run(pack.tokens, ctx, recompute)
         count.forward()
         loss = pack_loss(model, pack, ctx, hidden)
@@ -107,7 +113,12 @@ def from_few_blocks(model: Llama, count: Callable[[], StepBytes]) -> StepBytes:
         with shortened(model, few):
             found.append(count())
     one, two = found
-    return StepBytes(*(getattr(one, f) + more * (getattr(two, f) - getattr(one, f)) for f in ("kept", "loss", "peak")))
+    kept, loss, peak, end = (
+        getattr(one, f) + more * (getattr(two, f) - getattr(one, f)) for f in ("kept", "loss", "peak", "end")
+    )
+    # What the blocks keep goes while their gradients come: with many blocks the end may be higher than the beginning.
+    beside = one.peak - max(one.loss, one.end)
+    return StepBytes(kept, loss, max(peak, end + beside), end, one.first)
 
 
 _FEW = 3  # blocks: no gradient goes below the first, and nothing stands above the last
@@ -139,8 +150,9 @@ def shortened(model: Llama, blocks: int) -> Iterator[None]:
 class Count:
     """The bytes of a step, as it goes through its parts."""
 
-    def __init__(self, live: LiveBytes) -> None:
+    def __init__(self, live: LiveBytes, first: bool = False) -> None:
         self._live, self._highest, self._kept, self._loss = live, 0, 0, 0
+        self._first, self._end = first, 0
 
     def forward(self) -> None:
         """The blocks have been run."""
@@ -150,26 +162,33 @@ class Count:
         """The loss is there."""
         self._kept, self._loss = self._live.now, self._live.peak
 
+    def backward(self) -> None:
+        """The gradients are there."""
+        self._end = self._live.now
+
     @property
     def found(self) -> StepBytes:
         """What was counted, after the backward."""
-        return StepBytes(self._kept, self._loss, max(self._highest, self._live.peak))
+        peak = max(self._highest, self._live.peak)
+        return StepBytes(self._kept, self._loss, peak, self._end, self._first)
 
 
 @contextmanager
-def counting(model: Llama, adapter: Adapter, pack: Pack) -> Iterator[Count]:
-    """Count what is made within, in training mode; weights, gradients and the pack itself are there already."""
+def counting(model: Llama, adapter: Adapter, pack: Pack, first: bool = False) -> Iterator[Count]:
+    """Count what is made within, in training mode; weights and the pack are there, and gradients if not `first`."""
     trained = list(adapter.trainable.values())
     with _training(model), LiveBytes() as live:
         for p in trained:
-            p.grad = torch.empty_like(p)
+            p.grad = None if first else torch.empty_like(p)
         gradients = [p.grad for p in trained if p.grad is not None]
         live.ignore([*model.parameters(), *model.buffers(), *gradients])
         live.ignore([pack.tokens, pack.where, pack.target, pack.weight])
         live.now = live.peak = 0
+        count = Count(live, first)
         try:
-            yield Count(live)
+            yield count
         finally:
+            count.backward()
             for p in trained:
                 p.grad = None
 

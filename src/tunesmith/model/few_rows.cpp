@@ -1,0 +1,93 @@
+// Products of few rows with frozen weights of few bits: y (n, rows) = x (n, columns) W^T, without a dense W.
+//
+// A weight is expanded once for up to eight rows, and rounded as the dense matrix would be, so that it is a product with
+// that matrix; sums are in float. Columns are a multiple of 32.
+
+#include <type_traits>
+#include <vector>
+
+#include "bf16.h"
+#include "expand.h"
+
+namespace {
+
+// As a weight of the dense matrix in T is.
+template <class T>
+inline lanes rounded(lanes value) {
+    if (std::is_same<T, float>::value) return value;
+    lane_bits bits = nearest_bf16(value);
+    std::memcpy(&value, &bits, sizeof bits);
+    return value;
+}
+
+// The sums of N rows, in several chains each where there are few: an addition waits for the one before it in its chain.
+template <class T, int N>
+struct Sums {
+    static constexpr int CHAINS = N == 1 ? GROUP : N == 2 ? 2 : 1;
+    lanes part[N][CHAINS] = {};
+
+    inline void add(lanes weights, const float* x, int64_t columns, int place) {
+        weights = rounded<T>(weights);
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++) part[i][place % CHAINS] += weights * lanes_at(x + i * columns);
+    }
+
+    float total(int i) const {
+        lanes sum = part[i][0];
+        for (int c = 1; c < CHAINS; c++) sum += part[i][c];
+        float whole = 0;
+        for (int j = 0; j < WIDE; j++) whole += sum[j];
+        return whole;
+    }
+};
+
+template <class T, int N, class Weights>
+void together(const Weights& weights, const float* x, T* y, int64_t rows, int64_t columns) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        Sums<T, N> sums;
+        weights.each(r * columns, (r + 1) * columns, [&](int64_t at, lanes eight, int place) {
+            sums.add(eight, x + at - r * columns, columns, place);
+        });
+        for (int i = 0; i < N; i++) store(y + i * rows + r, sums.total(i));
+    }
+}
+
+template <class T, class Weights>
+void product(const Weights& weights, const T* x, T* y, int64_t n, int64_t rows, int64_t columns) {
+    std::vector<float> widened;
+    const float* wide;
+    if constexpr (std::is_same<T, float>::value) wide = x;
+    else {
+        widened.resize(n * columns);
+        for (int64_t j = 0; j < n * columns; j++) widened[j] = load(x + j);
+        wide = widened.data();
+    }
+    while (n > 0) {
+        int64_t taken = n >= 8 ? 8 : n >= 4 ? 4 : n >= 2 ? 2 : 1;
+        if (taken == 8) together<T, 8>(weights, wide, y, rows, columns);
+        else if (taken == 4) together<T, 4>(weights, wide, y, rows, columns);
+        else if (taken == 2) together<T, 2>(weights, wide, y, rows, columns);
+        else together<T, 1>(weights, wide, y, rows, columns);
+        n -= taken, wide += taken * columns, y += taken * rows;
+    }
+}
+
+}  // namespace
+
+#define BOTH(T, NAME)                                                                                                     \
+    extern "C" void product_blockwise_##NAME(const uint8_t* p, const float* c, const void* a, const float* n,             \
+                                             const float* m, const float* o, const T* x, T* y, int64_t k, int64_t r,      \
+                                             int64_t d, int64_t bits, int64_t b) {                                        \
+        product(Blockwise{p, c, {a, n, m, o}, bits, b}, x, y, k, r, d);                                                   \
+    }                                                                                                                     \
+    extern "C" void product_rows_##NAME(const int8_t* p, const float* a, const T* x, T* y, int64_t k, int64_t r,          \
+                                        int64_t d) {                                                                      \
+        product(Rows{p, a, d}, x, y, k, r, d);                                                                            \
+    }                                                                                                                     \
+    extern "C" void product_ggml_##NAME(const uint8_t* p, const T* x, T* y, int64_t k, int64_t r, int64_t d, int64_t t) { \
+        with_ggml(p, t, [&](auto weights) { product(weights, x, y, k, r, d); });                                                                               \
+    }
+
+BOTH(float, float32)
+BOTH(bf16, bfloat16)
