@@ -74,7 +74,7 @@ MODES: dict[str, Mode] = {
         Mode("trl", "trl", "train_trl", {}),
         Mode("litgpt-mb1", "litgpt", "train_litgpt", {"micro_batch": 1}),
         Mode("litgpt-mb4", "litgpt", "train_litgpt", {"micro_batch": 4}),
-        Mode("decode-ours", "ours", "decode_ours", {"dtype": "bfloat16"}, ours=True),
+        Mode("decode-ours", "ours", "decode_ours", {"dtype": "auto"}, ours=True),
         Mode("decode-transformers", "hf", "decode_hf", {"dtype": "bfloat16"}, always=True),
         Mode("decode-transformers-fp32", "hf", "decode_hf", {"dtype": "float32"}, always=True),
         Mode("decode-llamacpp", "llamacpp", "decode_llamacpp", {}),

@@ -54,6 +54,11 @@ def specification(case: tuple[str, dict[str, Any], str, bool | str, int], given:
     }  # fmt: skip
 
 
+def command(given: argparse.Namespace) -> str:
+    """The command that makes the page again."""
+    return f"python -m bench.memory --processes {given.processes} --threads {given.threads}"
+
+
 def page(found: Mapping[str, Any], words: str) -> str:
     """memory.md; `words` are a person's own, which are kept."""
     lines = ["# The memory plan beside what was measured", "", "```sh", found["command"], "```", ""]
@@ -91,7 +96,7 @@ def main(words: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(words)
     ledger = Ledger(given.work / "memory.jsonl", fresh=given.fresh)
     found: dict[str, Any] = {
-        "format": 1, "command": f"python -m bench.memory --processes {given.processes}", "about": None,
+        "format": 1, "about": None, "command": command(given),
         "processes": given.processes, "cases": [],
     }  # fmt: skip
     for case in CASES[: given.cases]:

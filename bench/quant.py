@@ -67,9 +67,10 @@ class Options:
 
     def key(self, part: str, name: str) -> dict[str, Any]:
         """The specification of one process, by which its results are found again."""
-        own = {"part": part, "row": name, "held": ROWS[name], "model": self.model, "threads": self.threads}
+        own = {"part": part, "row": name, "held": ROWS[name], "model": self.model}
         if part == "speed":
-            return {**own, "length": self.length, "dtype": self.dtype, "repeats": self.repeats}
+            how = {"threads": self.threads, "dtype": self.dtype, "repeats": self.repeats}
+            return {**own, "length": self.length, **how}
         return {**own, "length": self.length, "windows": self.windows, "calibration_windows": self.calibration_windows}
 
 
@@ -86,7 +87,7 @@ def measure(options: Options, ledger: Ledger, data: Path, work: Path, out: Path)
         key = options.key(part, name)
         if ledger.find(key) is None:
             files = {"text": str(data / TEXT), "calibration": str(_calibration(data, work))}
-            spec = write_spec(work / "quant-row.json", {**key, **files})
+            spec = write_spec(work / "quant-row.json", {**key, "threads": options.threads, **files})
             done = run([sys.executable, "-m", "bench.children.quant_row", str(spec)], env=threads(options.threads))
             told = done.told("quant")
             record: Record = told[0] if told else {"error": done.error or "told nothing"}

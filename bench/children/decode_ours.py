@@ -1,8 +1,6 @@
-"""Tunesmith's decoder, greedy, on the catalog's own file."""
+"""Tunesmith's decoder, greedy, on the catalog's own file, loaded as `tunesmith generate` loads it."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from bench.children.common import spec, tell, timed_decoding
 
@@ -10,13 +8,11 @@ from bench.children.common import spec, tell, timed_decoding
 def main() -> None:
     """Load, decode at every batch size, and tell."""
     wanted = spec()
-    import torch
-
+    from tunesmith import api
     from tunesmith.inference.generate import generate
     from tunesmith.inference.sample import GenerationSettings
-    from tunesmith.model.load import load_model
 
-    model = load_model(Path(wanted["model_path"]), dtype=getattr(torch, wanted["dtype"]))
+    model = api.load(wanted["model_path"], dtype=wanted["dtype"], device="cpu", as_stored=True).model
     tell("loaded")
 
     def decode(prompts: list[list[int]], new: int) -> list[list[int]]:

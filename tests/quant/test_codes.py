@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from tunesmith.model.load import open_weights
 from tunesmith.quant.blockwise import dequantize_blockwise, pack, quantize_blockwise, unpack
 from tunesmith.quant.codes import KINDS, find_code
 from tunesmith.quant.double import nest, unnest
@@ -90,6 +93,22 @@ def test_codes_are_bitsandbytes(kind: str, scale: float, normal: torch.Tensor) -
     assert int((packed != theirs).sum()) == 0 and torch.equal(absmax, state.absmax)
     ours = dequantize_blockwise(packed, absmax, code.table(), code.bits, torch.float32).view_as(x)
     assert torch.equal(ours, functional.dequantize_4bit(theirs, state))
+
+
+@pytest.mark.smollm2
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_codes_of_real_weights_are_bitsandbytes(kind: str, smollm2_gguf: Path) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weights = open_weights(smollm2_gguf)
+    try:
+        for name, shape in weights.shapes.items():
+            if name.startswith(("model.layers.0.", "model.layers.29.")) and len(shape) == 2:
+                weight = weights.read(name, torch.float32)
+                packed, absmax = quantize_blockwise(weight, find_code(kind), BLOCK)
+                theirs, state = functional.quantize_4bit(weight, quant_type=kind, blocksize=BLOCK)
+                assert int((packed != theirs).sum()) == 0 and torch.equal(absmax, state.absmax), name
+    finally:
+        weights.close()
 
 
 def test_nested_absmax_are_bitsandbytes(normal: torch.Tensor) -> None:
