@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tunesmith.hardware import cache_dir, cpu_features
@@ -38,11 +39,16 @@ def build(command: str, sources: Sequence[Path], flags: Sequence[str], libraries
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / library.name
-            units = [str(path) for path in sources if path.suffix == ".cpp"]
-            words = [command, *flags, *units, *libraries, "-o", str(made)]
-            subprocess.run(words, capture_output=True, text=True, timeout=BUILD_SECONDS, check=True)
+            objects = {path: f"{scratch}/{path.stem}.o" for path in sources if path.suffix == ".cpp"}
+            with ThreadPoolExecutor(len(objects)) as pool:
+                list(pool.map(lambda path: _run(command, *flags, "-c", str(path), "-o", objects[path]), objects))
+            _run(command, *flags, *objects.values(), *libraries, "-o", str(made))
             made.replace(library)  # in one step: another process may be building the same
     return library
+
+
+def _run(*words: str) -> None:
+    subprocess.run(words, capture_output=True, text=True, timeout=BUILD_SECONDS, check=True)
 
 
 def reason(error: Exception) -> str:

@@ -3,7 +3,6 @@
 // A weight is expanded once for up to eight rows, and rounded as the dense matrix would be, so that it is a product with
 // that matrix; sums are in float. Columns are a multiple of 32.
 
-#include <type_traits>
 #include <vector>
 
 #include "bf16.h"
@@ -11,23 +10,20 @@
 
 namespace {
 
-// As a weight of the dense matrix in T is.
-template <class T>
+// As a weight of the dense matrix in bfloat16 is.
 inline lanes rounded(lanes value) {
-    if (std::is_same<T, float>::value) return value;
     lane_bits bits = nearest_bf16(value);
     std::memcpy(&value, &bits, sizeof bits);
     return value;
 }
 
 // The sums of N rows, in several chains each where there are few: an addition waits for the one before it in its chain.
-template <class T, int N>
+template <int N>
 struct Sums {
     static constexpr int CHAINS = N == 1 ? GROUP : N == 2 ? 2 : 1;
     lanes part[N][CHAINS] = {};
 
     inline void add(lanes weights, const float* x, int64_t columns, int place) {
-        weights = rounded<T>(weights);
 #pragma GCC unroll 8
         for (int i = 0; i < N; i++) part[i][place % CHAINS] += weights * lanes_at(x + i * columns);
     }
@@ -41,36 +37,41 @@ struct Sums {
     }
 };
 
-template <class T, int N, class Weights>
-void together(const Weights& weights, const float* x, T* y, int64_t rows, int64_t columns) {
+template <int N, class Weights>
+void together(const Weights& weights, bool narrow, const float* x, float* y, int64_t rows, int64_t columns) {
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
-        Sums<T, N> sums;
+        Sums<N> sums;
         weights.each(r * columns, (r + 1) * columns, [&](int64_t at, lanes eight, int place) {
-            sums.add(eight, x + at - r * columns, columns, place);
+            sums.add(narrow ? rounded(eight) : eight, x + at - r * columns, columns, place);
         });
-        for (int i = 0; i < N; i++) store(y + i * rows + r, sums.total(i));
+        for (int i = 0; i < N; i++) y[i * rows + r] = sums.total(i);
     }
 }
 
-template <class T, class Weights>
-void product(const Weights& weights, const T* x, T* y, int64_t n, int64_t rows, int64_t columns) {
-    std::vector<float> widened;
-    const float* wide;
-    if constexpr (std::is_same<T, float>::value) wide = x;
-    else {
-        widened.resize(n * columns);
-        for (int64_t j = 0; j < n * columns; j++) widened[j] = load(x + j);
-        wide = widened.data();
-    }
+template <class Weights>
+void all(const Weights& weights, bool narrow, const float* x, float* y, int64_t n, int64_t rows, int64_t columns) {
     while (n > 0) {
         int64_t taken = n >= 8 ? 8 : n >= 4 ? 4 : n >= 2 ? 2 : 1;
-        if (taken == 8) together<T, 8>(weights, wide, y, rows, columns);
-        else if (taken == 4) together<T, 4>(weights, wide, y, rows, columns);
-        else if (taken == 2) together<T, 2>(weights, wide, y, rows, columns);
-        else together<T, 1>(weights, wide, y, rows, columns);
-        n -= taken, wide += taken * columns, y += taken * rows;
+        if (taken == 8) together<8>(weights, narrow, x, y, rows, columns);
+        else if (taken == 4) together<4>(weights, narrow, x, y, rows, columns);
+        else if (taken == 2) together<2>(weights, narrow, x, y, rows, columns);
+        else together<1>(weights, narrow, x, y, rows, columns);
+        n -= taken, x += taken * columns, y += taken * rows;
     }
+}
+
+template <class Weights>
+void product(const Weights& weights, const float* x, float* y, int64_t n, int64_t rows, int64_t columns) {
+    all(weights, false, x, y, n, rows, columns);
+}
+
+template <class Weights>
+void product(const Weights& weights, const bf16* x, bf16* y, int64_t n, int64_t rows, int64_t columns) {
+    std::vector<float> wide(n * columns), sums(n * rows);
+    for (int64_t j = 0; j < n * columns; j++) wide[j] = load(x + j);
+    all(weights, true, wide.data(), sums.data(), n, rows, columns);
+    for (int64_t j = 0; j < n * rows; j++) store(y + j, sums[j]);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 """Builds, loads and calls kernels.cpp: the CPU's element-wise work in one pass where torch makes several; and
 quantized.cpp and few_rows.cpp, which read frozen weights of few bits (called from product.py).
 
-The machine's own C++ compiler builds it once (about a second) into the cache folder, under a name that tells source,
+The machine's own C++ compiler builds it once (a few seconds) into the cache folder, under a name that tells source,
 flags, compiler and processor apart. Where there is no compiler the torch formulas of fused.py and attention.py do the
 same work, slower; `select` says which it is and why. They differ in the last bits, so a run records its choice.
 """
