@@ -40,8 +40,8 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "nf4+dq": _spec("nf4", double=True),
     "fp4": _spec("fp4"),
     "int4": _spec("int4"),
-    "gptq-4": {"gptq": {"bits": 4, "group_size": 64, "act_order": False}},
-    "gptq-3": {"gptq": {"bits": 3, "group_size": 64, "act_order": False}},
+    **{f"gptq-{bits}": {"gptq": {"bits": bits, "group_size": 64, "act_order": False}} for bits in (4, 3)},
+    **{f"nearest-{bits}": {"nearest": {"bits": bits, "group_size": 64}} for bits in (4, 3)},
     "nf3": _spec("nf3"),
     "nf2": _spec("nf2"),
 }
@@ -129,7 +129,8 @@ def page(found: Mapping[str, Any], words: str) -> str:
         *("# Quantized bases", "", "```sh", command(asked), "```", ""),
         f"{asked['model']}, the linears of its blocks quantized, everything else in float32; blocks of 64. Perplexity:",
         f"the first {asked['windows']} windows of {asked['length']:,} tokens of the WikiText-2 file, no BOS. GPTQ is",
-        f"calibrated on {asked['calibration_windows']} windows of C4. Bits: measured on the tensors that are resident.",
+        f"calibrated on {asked['calibration_windows']} windows of C4; `nearest` rounds each weight to GPTQ's grid by itself.",
+        "Bits: measured on the tensors that are resident.",
         "",
         grid(("", "bits a weight", "perplexity", "expected"), [_row(n, r) for n, r in found["perplexity"].items()]),
         "",
@@ -150,7 +151,8 @@ def page(found: Mapping[str, Any], words: str) -> str:
 
 def _row(name: str, record: Mapping[str, Any]) -> tuple[str, ...]:
     expected = PUBLISHED.get(name)
-    return f"`{name}`", f"{record['bits']:.3f}", f"{record['perplexity']:.2f}", f"{expected}" if expected else ""
+    shown = f"{record['perplexity']:.2f}" if record["perplexity"] < 1e5 else f"{record['perplexity']:.0e}"
+    return f"`{name}`", f"{record['bits']:.3f}", shown, f"{expected}" if expected else ""
 
 
 def command(asked: Mapping[str, Any]) -> str:

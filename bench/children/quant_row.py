@@ -14,7 +14,7 @@ from torch.nn import functional
 from bench.children.common import spec, tell, timed
 from tunesmith.adapters import attach
 from tunesmith.data.catalog import resolve_model
-from tunesmith.export.gptq import Gptq, quantize_gptq
+from tunesmith.export.gptq import Gptq, quantize_columns, quantize_gptq
 from tunesmith.hardware import describe
 from tunesmith.model.layout import Layout
 from tunesmith.model.llama import Llama
@@ -62,6 +62,10 @@ def perplexity_of(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     if held and "gptq" in held:
         windows = windows_of(path, {**wanted, "windows": wanted["calibration_windows"]}, wanted["calibration"])
         quantize_gptq(model, windows, Gptq(**held["gptq"]))
+    if held and "nearest" in held:
+        for name, linear in block_linears(model):  # inputs that have nothing to do with one another: no error is moved
+            apart = torch.eye(linear.in_features)
+            linear.hold(*quantize_columns(linear.weight.float(), apart, Gptq(**held["nearest"]), name))
     total, count = 0.0, 0
     with torch.no_grad():
         for ids in windows_of(path, wanted, wanted["text"]):
