@@ -159,6 +159,7 @@ def command(asked: Mapping[str, Any]) -> str:
     """The command that makes the page again."""
     words = [f"--windows {asked['windows']} --length {asked['length']} --calibration-windows"]
     words += [f"{asked['calibration_windows']} --dtype {asked['dtype']} --threads {asked['threads']}"]
+    words += [f"--repeats {asked['repeats']}"]
     if tuple(asked["rows"]) != tuple(ROWS):
         words.append(f"--rows {','.join(asked['rows'])}")
     return f"python -m bench.quant --data-dir FOLDER {' '.join(words)}"
