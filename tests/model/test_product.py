@@ -44,6 +44,18 @@ def test_a_native_kernel_reads_the_same_bits(spec: Spec, dtype: torch.dtype) -> 
     assert torch.equal(found, storage.dense(packed, dtype))
 
 
+@pytest.mark.parametrize("shape", [(5, 13), (500, 20), (7, 36), (3, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_any_length_are_read_and_nothing_behind_them(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for spec in (Spec("int8"), *([Spec("nf4", 16)] if weight.numel() % 16 == 0 else [])):
+        packed, storage = quantize_weight(weight, spec)
+        assert torch.equal(dense(packed, storage, dtype), storage.dense(packed, dtype))
+        x = torch.ones(1, shape[1], dtype=dtype)
+        expected = x.double() @ storage.dense(packed, dtype).double().T
+        assert torch.allclose(product(x, packed, storage).double(), expected, rtol=1e-2, atol=1e-1)
+
+
 @needs_compiler
 @pytest.mark.parametrize("rows", [1, 3, FEW, FEW + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

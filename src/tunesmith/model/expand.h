@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -30,8 +31,6 @@ inline lane_bits nearest_bf16(lanes eight) {
     std::memcpy(&bits, &eight, sizeof bits);
     return (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
 }
-
-inline int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline float half(const uint8_t* p) {  // IEEE binary16, in memory in any alignment
     uint16_t h;
@@ -77,7 +76,7 @@ inline lanes chosen(__m128i index, __m256 low, __m256 high, __m256 scale) {
 #endif
 
 // The three storages. each(from, to, use) calls use(at, eight, place) with eight weights from `at` on, for all of
-// [from, to), which are whole multiples of `unit` and of eight; `place` runs from 0 to GROUP - 1, over and over.
+// [from, to), whole multiples of `unit`. A row and a block are multiples of eight: nothing less is written. `place` runs from 0 to GROUP - 1, over and over.
 
 // Indices of a table, high bits first, with a scale a block.
 struct Blockwise {
@@ -91,7 +90,7 @@ struct Blockwise {
     template <class Use>
     void each(int64_t from, int64_t to, Use use) const {
         for (int64_t at = from; at < to;) {
-            int64_t end = least_of(at + block - at % block, to);
+            int64_t end = std::min(at + block - at % block, to);
             float scale = scales[at / block];
 #if defined(__AVX2__)
             if (bits == 4)
@@ -136,7 +135,7 @@ inline lanes of_int8(const void* p) {
 #endif
 }
 
-// int8, with a scale a row; a row is a multiple of eight, or read by itself.
+// int8, with a scale a row.
 struct Rows {
     const int8_t* packed;
     const float* absmax;
@@ -149,7 +148,7 @@ struct Rows {
         constexpr float ONE = 7.874015718698502e-3f;  // 1 / 127
         for (int64_t at = from; at < to;) {
             float scale = absmax[at / columns];
-            int64_t end = least_of(at + columns - at % columns, to);
+            int64_t end = std::min(at + columns - at % columns, to);
             for (; at + GROUP * WIDE <= end; at += GROUP * WIDE) {
 #pragma GCC unroll 4
                 for (int c = 0; c < GROUP; c++) use(at + c * WIDE, of_int8(packed + at + c * WIDE) * scale * ONE, c);

@@ -24,6 +24,7 @@ from tunesmith.quant.ggml import Ggml
 from tunesmith.quant.storage import Blockwise, Int8, Storage
 
 FEW = 8  # rows of x that a native product takes at once: for more, one dense matrix is faster
+EIGHT = 8  # weights that the native kernels read at once: a row is a multiple of them
 _BNB_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -38,7 +39,7 @@ def dense(packed: Tensor, storage: Storage, dtype: torch.dtype) -> Tensor:
     """The matrix that a storage holds, (rows, columns), by the fastest way there is."""
     if packed.is_cuda:
         return _dense_cuda(packed, storage, dtype)
-    way = _way(storage)
+    way = None if storage.shape[1] % EIGHT else _way(storage)
     out = torch.empty(storage.shape, dtype=dtype, device=packed.device)
     kernels = None if way is None else kernels_for(out)
     if kernels is None or way is None:

@@ -22,7 +22,7 @@ void dequantize(const Weights& weights, T* out, int64_t size) {
     int64_t unit = weights.unit(), step = unit * (CHUNK / unit > 1 ? CHUNK / unit : 1);
 #pragma omp parallel for schedule(static)
     for (int64_t from = 0; from < size; from += step)
-        weights.each(from, least_of(from + step, size), [&](int64_t at, lanes eight, int) { put(out + at, eight); });
+        weights.each(from, std::min(from + step, size), [&](int64_t at, lanes eight, int) { put(out + at, eight); });
 }
 
 }  // namespace
