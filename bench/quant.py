@@ -31,6 +31,10 @@ def _spec(kind: str, double: bool = False) -> dict[str, Any]:
     return {"spec": {"kind": kind, "block_size": 64, "double_quant": double}}
 
 
+def _gptq(bits: int, equal_tokens: bool) -> dict[str, Any]:
+    return {"gptq": {"bits": bits, "group_size": 64, "act_order": False, "equal_tokens": equal_tokens}}
+
+
 # name -> how the linears are held
 ROWS: dict[str, dict[str, Any] | None] = {
     "fp32": None,
@@ -40,7 +44,8 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "nf4+dq": _spec("nf4", double=True),
     "fp4": _spec("fp4"),
     "int4": _spec("int4"),
-    **{f"gptq-{bits}": {"gptq": {"bits": bits, "group_size": 64, "act_order": False}} for bits in (4, 3)},
+    **{f"gptq-{bits}": _gptq(bits, equal_tokens=True) for bits in (4, 3)},
+    **{f"gptq-{bits}, as published": _gptq(bits, equal_tokens=False) for bits in (4, 3)},
     **{f"nearest-{bits}": {"nearest": {"bits": bits, "group_size": 64}} for bits in (4, 3)},
     "nf3": _spec("nf3"),
     "nf2": _spec("nf2"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.laws.small import build, logits_of, sample_row
+from torch import nn
 
 from tunesmith.errors import ConfigError, ModelError
-from tunesmith.export.gptq import Gptq, quantize_columns, quantize_gptq
+from tunesmith.export.gptq import Gptq, Gram, quantize_columns, quantize_gptq
 from tunesmith.model.quantize import block_linears
 
 ROWS, COLUMNS = 48, 256
@@ -94,6 +95,25 @@ def test_a_whole_model_computes_nearly_the_same_and_better_than_rounded() -> Non
         assert all(linear.quant is not None and not len(linear.input) for _, linear in block_linears(quantized))
         off.append(float((logits_of(quantized, *tokens) - expected).norm() / expected.norm()))
     assert off[0] < off[1] < 0.5
+
+
+def gram_of(x: torch.Tensor, equal: bool) -> torch.Tensor:
+    recorder = Gram(x.shape[1], x.device, equal)
+    assert recorder(x, nn.Identity(), None, None) is x
+    return recorder.sum
+
+
+def test_each_token_counts_the_same_however_loud_it_is(layer) -> None:
+    """The first token's inputs to some down_proj are hundreds of times the others': it must not rule."""
+    weight, x = layer
+    loud = torch.cat([3e4 * x[:1], x[1:]])
+    whole = (x.double()[:, :, None] * x.double()[:, None, :] / x.double().square().sum(1)[:, None, None]).sum(0)
+    assert torch.allclose(gram_of(loud, equal=True), whole, atol=1e-4)
+    assert torch.allclose(gram_of(x, equal=False), (x.T @ x).double())
+    quiet, settings = x[1:], Gptq(3, 64)
+    nearest = error(weight, quiet, settings, torch.eye(COLUMNS))
+    assert error(weight, quiet, settings, gram_of(loud, equal=True)) < 0.75 * nearest
+    assert error(weight, quiet, settings, gram_of(loud, equal=False)) > nearest
 
 
 def test_what_cannot_be_is_one_line() -> None:

@@ -5,6 +5,10 @@
 
 Scale and zero are those of a row's group of columns, asymmetric, found when its first column comes. With act-order the
 columns are taken by falling H_ii. X comes from running calibration text through the model, blocks before quantized.
+
+Each column of X (a token) is divided by its length, which the paper does not do. The first token's inputs to some
+down_proj are hundreds of times the others' and make up most of X X^T: without it, the weights are fitted to that one
+token, and come out worse than rounded ones (docs/results/quant.md).
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model.layout import Layout
@@ -31,12 +36,16 @@ _SHARES = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 @dataclass(frozen=True)
 class Gptq:
-    """How to quantize: bits a number, columns of a group (none: the whole row), order by H_ii, share of damping."""
+    """How to quantize: bits a number, columns of a group (none: the whole row), order by H_ii, share of damping.
+
+    `equal_tokens`: every token of the calibration text counts the same, however large the inputs are that it makes.
+    """
 
     bits: int = 4
     group_size: int | None = 128
     act_order: bool = False
     damp: float = 0.01
+    equal_tokens: bool = True
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -44,15 +53,18 @@ class Gptq:
 
 
 class Gram(nn.Module):
-    """Sits in the seam before a product and sums X^T X of what passes, unchanged."""
+    """Sits in the seam before a product and sums X^T X of what passes, unchanged; with `equal`, of rows of length 1."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device, equal: bool = True) -> None:
         super().__init__()
+        self.equal = equal
         self.sum = torch.zeros(size, size, dtype=torch.float64, device=device)
 
     def forward(self, value: Tensor, host: nn.Module, ctx: Context, given: Any) -> Tensor:
         """(tokens, in) -> the same."""
         wide = value.detach().float()
+        if self.equal:
+            wide = functional.normalize(wide, dim=-1)
         self.sum += (wide.T @ wide).double()
         return value
 
@@ -72,7 +84,7 @@ def quantize_gptq(model: Llama, windows: Sequence[Sequence[int]], settings: Gptq
     for index, block in enumerate(model.model.layers):
         if not isinstance(block, Block):
             raise ModelError(f"model.layers.{index} is no block")
-        grams = _grams(block, states, contexts)
+        grams = _grams(block, states, contexts, settings.equal_tokens)
         for name, linear in _linears(block):
             gram = grams[_SHARES.get(name, name)]
             linear.hold(*quantize_columns(linear.weight.float(), gram, settings, f"model.layers.{index}.{name}"))
@@ -85,12 +97,12 @@ def _linears(block: Block) -> list[tuple[str, Linear]]:
     return [(name, module) for name, module in found if isinstance(module, Linear)]
 
 
-def _grams(block: Block, states: Sequence[Tensor], contexts: Sequence[Context]) -> dict[str, Tensor]:
+def _grams(block: Block, states: Sequence[Tensor], contexts: Sequence[Context], equal: bool) -> dict[str, Tensor]:
     """X X^T of the linears' inputs, by the name of the first linear that gets them."""
     recorders = {}
     for name, linear in _linears(block):
         if name not in _SHARES:
-            recorders[name] = linear.input[_NAME] = Gram(linear.in_features, linear.weight.device)
+            recorders[name] = linear.input[_NAME] = Gram(linear.in_features, linear.weight.device, equal)
     try:
         for h, ctx in zip(states, contexts, strict=True):
             block(h, ctx)

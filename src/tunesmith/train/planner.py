@@ -40,7 +40,8 @@ from tunesmith.train.order import heaviest_batches
 from tunesmith.train.simulate import StepBytes, from_few_blocks, step_bytes
 
 Recompute = bool | Literal["selective"]  # train.recompute
-IMPORTS = 250 << 20  # an interpreter that has imported all that a run needs
+# An interpreter that has imported all that a run needs. CUDA's libraries are resident even where no GPU is.
+IMPORTS = (600 if torch.version.cuda else 250) << 20
 RUNTIME = 130 << 20  # tokenizer, rows, threads' buffers, small tensors
 FRAGMENTS = 0.4  # malloc's heap holds this share more than live tensors, measured on packs of changing size
 SPARE = 0.95  # share of the available memory that a plan may use
