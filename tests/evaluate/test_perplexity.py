@@ -152,7 +152,7 @@ def test_the_interval_is_that_of_a_ratio_of_sums():
     from tunesmith.evaluate.perplexity import _figures
     from tunesmith.inference import Scored
 
-    found = _figures([Scored(-6.0, False), Scored(-2.0, False), Scored(-4.0, False)], [2, 2, 2])
+    found = _figures([Scored(-6.0, 2, 0), Scored(-2.0, 2, 0), Scored(-4.0, 2, 0)], [2, 2, 2])
     # by hand: losses 3, 1, 2 a token; mean 2, standard deviation 1, its error 1 / sqrt(3)
     half = 1.959964 / 3**0.5
     assert found["loss"].value == 2 and found["loss"].interval == pytest.approx((2 - half, 2 + half))

@@ -17,7 +17,7 @@ from tunesmith.data.segments import Template
 from tunesmith.errors import NumericalError
 from tunesmith.evaluate.generations import greedy_answers
 from tunesmith.evaluate.held_out import read_split
-from tunesmith.evaluate.outcomes import OUTCOMES, Outcomes
+from tunesmith.evaluate.outcomes import Outcomes, row_outcomes
 from tunesmith.evaluate.run import find_metric, measure
 from tunesmith.evaluate.subject import Subject
 from tunesmith.evaluate.suite import read_tasks, run_tasks
@@ -87,7 +87,7 @@ def measured(
 
 def _on_rows(asked: MeasuredSet, subject: Subject) -> Found:
     """Metrics on rows; where a metric is made of rows, they are kept."""
-    rows = {name: OUTCOMES[name](subject) for name in asked.metrics if name in OUTCOMES}
+    rows = row_outcomes(subject, asked.metrics)
     rest = [name for name in asked.metrics if name not in rows]
     values = {**(measure(subject, rest) if rest else {}), **{name: one.ratio for name, one in rows.items()}}
     items = _hash([[[turn.role, turn.text] for turn in row.turns] for row in subject.rows])

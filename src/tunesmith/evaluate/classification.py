@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from tunesmith.data.encode import encode_prompt, encode_row
+from tunesmith.data.encode import Example, encode_prompt, encode_row
 from tunesmith.data.schemas import Row, Turn
 from tunesmith.errors import DataError
 from tunesmith.evaluate.calibration import BINS, calibration_error, confidence_of
 from tunesmith.evaluate.figures import half_interval
 from tunesmith.evaluate.subject import Subject
 from tunesmith.inference.answers import Generation
-from tunesmith.inference.score import score_continuations
+from tunesmith.inference.score import Scored, score_continuations, score_pairs
 
 UNLIMITED = 1 << 30
 
@@ -32,7 +34,11 @@ def accuracy(subject: Subject) -> dict[str, float]:
 
     Raises DataError without labels.
     """
-    scores = label_scores(subject)
+    return accuracy_figures(subject, label_scores(subject))
+
+
+def accuracy_figures(subject: Subject, scores: Sequence[Tensor]) -> dict[str, float]:
+    """The measures of `accuracy`, of each row's label scores."""
     right = [subject.labels[int(s.argmax())] == row.label for s, row in zip(scores, subject.rows, strict=True)]
     share = sum(right) / len(right)
     return {
@@ -71,7 +77,51 @@ def parse_label(answer: str, labels: Sequence[str]) -> str | None:
 
 def predict_labels(subject: Subject) -> list[str]:
     """The likeliest label of every row. Raises DataError where there are no labels to choose from."""
-    return [subject.labels[int(score.argmax())] for score in label_scores(subject)]
+    return likeliest_labels(subject, label_scores(subject))
+
+
+def likeliest_labels(subject: Subject, scores: Sequence[Tensor]) -> list[str]:
+    """The label of the highest score, row by row."""
+    return [subject.labels[int(score.argmax())] for score in scores]
+
+
+@dataclass(frozen=True)
+class Both:
+    """Of every row the score of each label, float64 (labels,), and that of its own whole answer."""
+
+    labels: list[Tensor]
+    answers: list[Scored]
+
+
+def score_both(subject: Subject) -> Both | None:
+    """Labels and answers in one pass over the rows: the prompt, which is nearly all of a row, is read once for both.
+
+    None where an example is not its row's prompt with the one answer behind it, such as a row whose prompt was cut:
+    two passes read different tokens there. Raises DataError without labels.
+    """
+    _check(subject)
+    options = label_options(subject)
+    prompts, continuations = [], []
+    for row, example in zip(subject.rows, subject.examples, strict=True):
+        prompt = encode_prompt(row, subject.template, subject.tokenizer)
+        if not _is_whole(example, prompt):
+            return None
+        prompts.append(prompt)
+        continuations.append([*options, example.ids[len(prompt) :].tolist()])
+    pairs = [(prompt, one) for prompt, several in zip(prompts, continuations, strict=True) for one in several]
+    scored = iter(score_pairs(subject.model, pairs, adapters=subject.adapters, pack_tokens=subject.budget))
+    both = Both([], [])
+    for _ in prompts:
+        both.labels.append(torch.tensor([next(scored).logprob for _ in options], dtype=torch.float64))
+        both.answers.append(next(scored))
+    return both
+
+
+def _is_whole(example: Example, prompt: Sequence[int]) -> bool:
+    """Is it the prompt, and then nothing but tokens to learn?"""
+    answer = np.arange(len(example.ids)) >= len(prompt)
+    same = len(example.ids) > len(prompt) and np.array_equal(example.ids[: len(prompt)], np.asarray(prompt))
+    return same and np.array_equal(example.supervised, answer)
 
 
 def label_scores(subject: Subject) -> list[Tensor]:

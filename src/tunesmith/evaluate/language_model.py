@@ -34,6 +34,11 @@ def language_model_metrics(
             loss += float((functional.cross_entropy(logits, target, reduction="none") * weight).sum())
             correct += float(((logits.argmax(-1) == target) * weight).sum())
         tokens += pack.supervised
+    return loss_figures(loss, correct, tokens)
+
+
+def loss_figures(loss: float, correct: float, tokens: float) -> dict[str, float]:
+    """The three measures of a summed loss and of as many correct tokens. Raises DataError without supervised tokens."""
     if not tokens:
         raise DataError("evaluation: no row has a supervised token; look at them with `tunesmith data preview`")
     mean = loss / tokens

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from tunesmith.data.pack import plan_packs
 from tunesmith.errors import DataError
-from tunesmith.evaluate.classification import predict_labels
+from tunesmith.evaluate.classification import likeliest_labels, predict_labels, score_both
 from tunesmith.evaluate.generations import greedy_answers
 from tunesmith.evaluate.subject import Subject
 
@@ -41,7 +41,7 @@ class Outcomes:
 
 def accuracy_outcomes(subject: Subject) -> Outcomes:
     """Is the likeliest label the row's own?"""
-    return _rights(p == row.label for p, row in zip(predict_labels(subject), subject.rows, strict=True))
+    return _right_labels(subject, predict_labels(subject))
 
 
 def exact_match_outcomes(subject: Subject) -> Outcomes:
@@ -76,6 +76,24 @@ def loss_outcomes(subject: Subject) -> Outcomes:
     if not weights.sum():
         raise DataError("evaluation: no row has a supervised token; look at them with `tunesmith data preview`")
     return Outcomes(tuple(values.tolist()), tuple(weights.tolist()))
+
+
+def row_outcomes(subject: Subject, names: Iterable[str]) -> dict[str, Outcomes]:
+    """The rows' parts in those of the metrics `names` that are made of rows, by name."""
+    wanted = [name for name in names if name in OUTCOMES]
+    both = score_both(subject) if {"accuracy", "eval_loss"} <= set(wanted) else None
+    if both is None:
+        return {name: OUTCOMES[name](subject) for name in wanted}
+    answers = both.answers
+    known = {
+        "accuracy": _right_labels(subject, likeliest_labels(subject, both.labels)),
+        "eval_loss": Outcomes(tuple(-one.logprob for one in answers), tuple(float(one.tokens) for one in answers)),
+    }
+    return {name: known.get(name) or OUTCOMES[name](subject) for name in wanted}
+
+
+def _right_labels(subject: Subject, labels: Iterable[str]) -> Outcomes:
+    return _rights(label == row.label for label, row in zip(labels, subject.rows, strict=True))
 
 
 def _rights(right: Iterable[bool]) -> Outcomes:

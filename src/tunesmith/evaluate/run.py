@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tunesmith.errors import ConfigError, did_you_mean
-from tunesmith.evaluate.classification import accuracy, free_accuracy
+from tunesmith.evaluate.classification import accuracy, accuracy_figures, free_accuracy, score_both
 from tunesmith.evaluate.generations import distinct_rates, exact_match, greedy_answers, never_stops, prompt_copy_rate
-from tunesmith.evaluate.language_model import language_model_metrics
+from tunesmith.evaluate.language_model import language_model_metrics, loss_figures
 from tunesmith.evaluate.overlap import LIBRARY, overlap_rates
 from tunesmith.evaluate.subject import Subject
 
@@ -69,7 +70,18 @@ def measure(subject: Subject, names: Sequence[str]) -> dict[str, float]:
     """Measure `names`, each pass over the rows once. Raises ConfigError for a name that is not known."""
     passes = {metric.measure: metric.of_answers for metric in map(find_metric, names)}
     answers = [greedy_answers(subject)] if any(passes.values()) else []
-    found: dict[str, float] = {}
+    found = _loss_and_accuracy(subject) if {_language_model, accuracy} <= passes.keys() else {}
     for one, of_answers in passes.items():
-        found |= one(subject, *(answers if of_answers else ()))
+        if not found or one not in (_language_model, accuracy):
+            found |= one(subject, *(answers if of_answers else ()))
     return found
+
+
+def _loss_and_accuracy(subject: Subject) -> dict[str, float]:
+    """What `_language_model` and `accuracy` measure, in one pass; nothing where that takes two."""
+    both = score_both(subject)
+    if both is None:
+        return {}
+    loss = -math.fsum(one.logprob for one in both.answers)
+    correct, tokens = (sum(getattr(one, field) for one in both.answers) for field in ("likeliest", "tokens"))
+    return {**loss_figures(loss, correct, tokens), **accuracy_figures(subject, both.labels)}

@@ -27,10 +27,16 @@ PAIRS = 1024  # laid out at once: bounds what is held of them
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """The summed log-probability of a continuation, and whether every token of it is the likeliest one there."""
+    """The summed log-probability of a continuation, its tokens, and how many of them are the likeliest one there."""
 
     logprob: float
-    greedy: bool
+    tokens: int
+    likeliest: int
+
+    @property
+    def greedy(self) -> bool:
+        """Is every token the likeliest one?"""
+        return self.likeliest == self.tokens
 
 
 def score_continuations(
@@ -106,22 +112,23 @@ def _example(prompt: Sequence[int], continuation: Sequence[int]) -> Example:
 
 
 def _scores(model: Llama, pack: Pack, targets: Sequence[np.ndarray], adapters: tuple[str, ...] | None) -> list[Scored]:
-    """The log-probability of each packed example's targets, summed, and whether all of them are the likeliest."""
+    """The log-probability of each packed example's targets, summed, and how many of them are the likeliest."""
     ctx = model.context(pack.layout, adapters=adapters)
     hidden = model.run(pack.tokens, ctx)
     where = np.concatenate([row[len(row) - len(target) :] for row, target in zip(pack.rows, targets, strict=True)])
     owner = torch.from_numpy(np.repeat(np.arange(len(targets)), [len(target) for target in targets]))
     rows, place = np.unique(where, return_inverse=True)  # a prompt's last position serves all of its continuations
     target = np.concatenate(targets)
-    sums, others = torch.zeros(len(targets), dtype=torch.float64), torch.zeros(len(targets), dtype=torch.int64)
+    sums, likeliest = torch.zeros(len(targets), dtype=torch.float64), torch.zeros(len(targets), dtype=torch.int64)
     for first in range(0, len(rows), HEAD_ROWS):
         logits = model.logits(hidden[torch.from_numpy(rows[first : first + HEAD_ROWS]).to(hidden.device)], ctx)
         chances = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
         here = np.flatnonzero((place >= first) & (place < first + HEAD_ROWS))
         at, wanted = (torch.from_numpy(a[here]).to(chances.device) for a in (place - first, target))
         sums.index_add_(0, owner[here], chances[at, wanted].double().cpu())
-        others.index_add_(0, owner[here], (chances.argmax(-1)[at] != wanted).long().cpu())
-    return [Scored(chance, not other) for chance, other in zip(sums.tolist(), others.tolist(), strict=True)]
+        likeliest.index_add_(0, owner[here], (chances.argmax(-1)[at] == wanted).long().cpu())
+    counts = map(len, targets)
+    return [Scored(*found) for found in zip(sums.tolist(), counts, likeliest.tolist(), strict=True)]
 
 
 def _check(model: Llama, prompt: Sequence[int], tokens: Sequence[int], name: str, prompt_is_checked: bool) -> None:
