@@ -70,10 +70,10 @@ def measure(subject: Subject, names: Sequence[str]) -> dict[str, float]:
     """Measure `names`, each pass over the rows once. Raises ConfigError for a name that is not known."""
     passes = {metric.measure: metric.of_answers for metric in map(find_metric, names)}
     answers = [greedy_answers(subject)] if any(passes.values()) else []
-    found = _loss_and_accuracy(subject) if {_language_model, accuracy} <= passes.keys() else {}
-    for one, of_answers in passes.items():
-        if not found or one not in (_language_model, accuracy):
-            found |= one(subject, *(answers if of_answers else ()))
+    found = _loss_and_accuracy(subject) if passes.keys() >= {_language_model, accuracy} else {}
+    left = {one: of for one, of in passes.items() if not (found and one in (_language_model, accuracy))}
+    for one, of_answers in left.items():
+        found |= one(subject, *(answers if of_answers else ()))
     return found
 
 
