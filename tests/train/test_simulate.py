@@ -17,6 +17,7 @@ from tunesmith.train.loss import pack_loss
 from tunesmith.train.simulate import StepBytes, alike, counting, from_few_blocks, step_bytes
 
 SPECS: list[dict[str, Any]] = [{"kind": kind} for kind in ("lora", "llama_adapter", "prefix", "full")]
+DROPS = {"kind": "lora", "dropout": 0.3}
 
 
 def counted(spec: dict[str, Any], recompute: bool, first: bool = False) -> StepBytes:
@@ -46,7 +47,7 @@ def simulated(spec: dict[str, Any], recompute: bool, native: bool, first: bool =
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec["kind"])
+@pytest.mark.parametrize("spec", [*SPECS, DROPS], ids=lambda spec: "-".join(map(str, spec.values())))
 def test_a_simulated_step_holds_what_a_real_one_does(spec: dict[str, Any], recompute: bool, kernels: str) -> None:
     if kernels == "native" and built()[0] is None:
         pytest.skip("NOT TESTED: no C++ compiler here")
@@ -72,6 +73,13 @@ def test_gradients_come_in_the_first_backward(recompute: bool) -> None:
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     assert made.end >= size > later.end
     assert made.peak < later.peak + size
+
+
+def test_dropout_holds_no_more_than_its_seeds() -> None:
+    """And while it multiplies, no more than one input, its mask and the numbers that these are drawn from."""
+    without, with_it = (counted(spec, False) for spec in (SPECS[0], DROPS))
+    assert 0 <= with_it.kept - without.kept <= 8 * 7 * TINY.num_hidden_layers
+    assert with_it.peak < 1.05 * without.peak
 
 
 def test_a_longer_pack_and_no_recomputation_hold_more() -> None:

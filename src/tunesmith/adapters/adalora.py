@@ -34,6 +34,7 @@ from tunesmith.adapters.targets import Layers, select_linears
 from tunesmith.config import STRICT
 from tunesmith.config.sections import Words
 from tunesmith.errors import AdapterError, ConfigError
+from tunesmith.model.dropout import draw_seed, dropped_product
 from tunesmith.model.linear import Linear
 from tunesmith.model.llama import Llama
 from tunesmith.model.seam import Context
@@ -132,9 +133,10 @@ class AdaLoRADelta(Delta):
 
     def forward(self, value: Tensor, host: nn.Module, ctx: Context, given: Tensor) -> Tensor:
         """value (tokens, out) and the Linear's input `given` (tokens, in) -> (tokens, out)."""
-        x = functional.dropout(given, self.dropout, self.training) if self.dropout else given
-        inner = functional.linear(x, self.Q.to(x.dtype)) * self.singular.to(x.dtype)
-        return torch.addmm(value, inner, self.P.to(x.dtype).T, alpha=self.scale)
+        Q = self.Q.to(given.dtype)
+        drops = self.dropout and self.training
+        inner = dropped_product(given, Q, self.dropout, draw_seed()) if drops else functional.linear(given, Q)
+        return torch.addmm(value, inner * self.singular.to(Q.dtype), self.P.to(Q.dtype).T, alpha=self.scale)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + s P diag(lambda) Q, in float32 (float64 stays)."""

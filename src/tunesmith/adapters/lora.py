@@ -28,6 +28,7 @@ from tunesmith.adapters.targets import EMBEDDING, Layers, by_pattern, check_patt
 from tunesmith.config import STRICT
 from tunesmith.config.sections import Words
 from tunesmith.errors import AdapterError
+from tunesmith.model.dropout import draw_seed, dropped_product
 from tunesmith.model.linear import Linear
 from tunesmith.model.llama import Llama
 from tunesmith.model.seam import Context
@@ -85,13 +86,18 @@ class LoRADelta(Delta):
 
     def forward(self, value: Tensor, host: nn.Module, ctx: Context, given: Tensor) -> Tensor:
         """value (tokens, out) and the Linear's input `given` (tokens, in) -> (tokens, out)."""
-        x = functional.dropout(given, self.dropout, self.training) if self.dropout else given
-        inner = functional.linear(x, self.A.to(x.dtype))
+        seed = draw_seed() if self.dropout and self.training else None
+        inner = self._inner(given, self.A, seed)
         if self.A0 is None or self.B0 is None:
-            return torch.addmm(value, inner, self.B.to(x.dtype).T, alpha=self.scale)
-        start = functional.linear(functional.linear(x, self.A0.to(x.dtype)), self.B0.to(x.dtype))
-        change = functional.linear(inner, self.B.to(x.dtype)) - start  # the same products twice: exactly 0 at the start
+            return torch.addmm(value, inner, self.B.to(inner.dtype).T, alpha=self.scale)
+        start = functional.linear(self._inner(given, self.A0, seed), self.B0.to(inner.dtype))
+        # the same products twice: exactly 0 at the start
+        change = functional.linear(inner, self.B.to(inner.dtype)) - start
         return torch.add(value, change, alpha=self.scale)
+
+    def _inner(self, x: Tensor, A: Tensor, seed: Tensor | None) -> Tensor:
+        A = A.to(x.dtype)
+        return functional.linear(x, A) if seed is None else dropped_product(x, A, self.dropout, seed)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of the whole update, PiSSA's subtracted start included as further ranks."""

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tunesmith.errors import ModelError
+from tunesmith.model.dropout import draw_seed
 from tunesmith.model.layout import Layout
 from tunesmith.model.native import kernels_for
 from tunesmith.model.native_attention import NativeAttention, batches
@@ -78,8 +79,7 @@ def _over_parts(
     tiles = [tensor for part in parts for tensor in part]
     if dropout == 0 and kernels_for(q, k, v):
         return NativeAttention.apply(q, k, v, [len(part) for part in parts], keep, *tiles)
-    # Drawn from the caller's random state, so that block recomputation draws the same.
-    seed = torch.randint(2**62, ()) if dropout else None
+    seed = draw_seed() if dropout else None
     return _Attend.apply(q, k, v, len(parts) > 1, dropout, seed, *tiles)
 
 
