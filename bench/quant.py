@@ -117,10 +117,13 @@ def _calibration(data: Path, work: Path) -> Path:
 def results(options: Options, ledger: Ledger) -> dict[str, Any]:
     """What quant.json holds: the options, and each part's rows that are there."""
     found: dict[str, Any] = {"format": 1, "options": asdict(options), "about": None, "perplexity": {}, "speed": {}}
+    commits: dict[str, None] = {}  # rows that were there already may be of another one
     for part, name in jobs(options):
         record = ledger.find(options.key(part, name))
         if record is not None:
-            found["about"] = record["about"]
+            commits[record["about"]["versions"]["commit"]] = None
+            versions = {**record["about"]["versions"], "commit": " and ".join(commits)}
+            found["about"] = {**record["about"], "versions": versions}
             found[part][name] = {key: value for key, value in record.items() if key != "about"}
     return found
 

@@ -39,7 +39,8 @@ def accuracy(subject: Subject) -> dict[str, float]:
 
 def accuracy_figures(subject: Subject, scores: Sequence[Tensor]) -> dict[str, float]:
     """The measures of `accuracy`, of each row's label scores."""
-    right = [subject.labels[int(s.argmax())] == row.label for s, row in zip(scores, subject.rows, strict=True)]
+    chosen = likeliest_labels(subject, scores)
+    right = [label == row.label for label, row in zip(chosen, subject.rows, strict=True)]
     share = sum(right) / len(right)
     return {
         "accuracy": share,

@@ -76,7 +76,8 @@ inline lanes chosen(__m128i index, __m256 low, __m256 high, __m256 scale) {
 #endif
 
 // The three storages. each(from, to, use) calls use(at, eight, place) with eight weights from `at` on, for all of
-// [from, to), whole multiples of `unit`. A row and a block are multiples of eight: nothing less is written. `place` runs from 0 to GROUP - 1, over and over.
+// [from, to), whole multiples of `unit`; `place` runs from 0 to GROUP - 1, over and over. A row and a block are
+// multiples of eight: nothing less is written.
 
 // Indices of a table, high bits first, with a scale a block.
 struct Blockwise {
