@@ -124,6 +124,24 @@ def test_first_step_is_the_formula():
         torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_steps_are_torchs():
+    """Beside torch.optim.AdamW, also where a gradient's numbers lie in another order than its parameter's."""
+    start = {**parameters(), "down_proj.weight": torch.randn(6, 5)}
+    ours, theirs = ({name: Parameter(p.detach().clone()) for name, p in start.items()} for _ in range(2))
+    made = build_optimizer(ours, learning_rate=0.1, weight_decay=0.3, decay_all=True)
+    reference = torch.optim.AdamW(theirs.values(), lr=0.1, weight_decay=0.3)
+    for step in range(5):
+        for name, p in ours.items():
+            p.grad = torch.randn(p.shape[::-1]).t() if p.ndim == 2 and step % 2 else torch.randn_like(p)
+            theirs[name].grad = p.grad.clone(memory_format=torch.contiguous_format)
+        made.step()
+        reference.step()
+        for name, p in ours.items():
+            torch.testing.assert_close(p.detach(), theirs[name].detach(), rtol=1e-5, atol=1e-6)
+    made.zero_grad()
+    assert all(p.grad is None for p in ours.values())
+
+
 def test_nothing_to_train_and_unknown_scale_are_errors():
     with pytest.raises(ConfigError, match="nothing to train"):
         build_optimizer({}, learning_rate=0.1)

@@ -1,9 +1,10 @@
-"""AdamW (arXiv:1711.05101) with states in 8 bits or kept elsewhere, a slice of a parameter at a time.
+"""AdamW (arXiv:1711.05101) by torch's fused kernel; with states in 8 bits or kept elsewhere, a slice at a time.
 
     m <- b1 m + (1 - b1) g;    v <- b2 v + (1 - b2) g^2
     p <- p - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + d p)
 
-The arithmetic is torch's own; m and v are float32 while a slice is worked on. In 8 bits (arXiv:2110.02861) they are
+The kernel reads and writes each number once and needs no copies. torch's own optimizer classes would import its
+compiler (two seconds) when they are made and stepped; these do not. In 8 bits (arXiv:2110.02861) they are
 codes of the dynamic map, signed for m and unsigned for v, in blocks of 256 with an absmax each:
 
     bytes a parameter   8 with float32 states;   2 + 2 * 4 / 256 = 2.03 in 8 bits
@@ -61,14 +62,13 @@ def layout_sizes(layout: Layout) -> Iterator[int]:
 def slice_bytes(largest: int, eight: bool, elsewhere: bool, device: str) -> int:
     """The most bytes that the work on one slice holds, of parameters of at most `largest` float32 values.
 
-    Two float32 copies for the quotient m / sqrt(v), m and v themselves where they come from another device, and in 8
-    bits m, v and what finding their codes takes.
+    m and v where they come from another device; in 8 bits m, v and what finding their codes takes.
     """
-    copies = 2 + 2 * (elsewhere and device != "cpu")
-    return min(SLICES.get(device, SLICES["cpu"]), largest) * (EIGHT_COPIES if eight else 4 * copies)
+    wide = 8 if elsewhere and device != "cpu" else 0
+    return min(SLICES.get(device, SLICES["cpu"]), largest) * (EIGHT_COPIES if eight else wide)
 
 
-class HoldsStates(ABC):
+class HoldsStates(torch.optim.Optimizer, ABC):
     """An optimizer that says itself what its states are: those of a checkpoint have these names and shapes."""
 
     @abstractmethod
@@ -84,20 +84,68 @@ class HoldsStates(ABC):
         """Go on from these, as `states` gave them, on any device."""
 
 
-class SlicedAdamW(torch.optim.Optimizer, HoldsStates):
-    """AdamW over groups with `params` and their `names`; `eight`: states in 8 bits; `place`: where they lie."""
+class FusedAdamW(HoldsStates):
+    """AdamW over groups with `params` and their `names`; states beside their parameters, in their dtype."""
 
-    def __init__(
-        self,
-        groups: list[dict[str, Any]],
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        place: Place,
-        eight: bool = False,
-    ) -> None:
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take a group as it is."""
+        self.param_groups.append({**self.defaults, **param_group})
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, or make them zeros."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if set_to_none:
+                    parameter.grad = None
+                elif parameter.grad is not None:
+                    parameter.grad.detach_().zero_()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            states = [self._state(parameter) for parameter in moved]
+            gradients = [_laid_out_as(parameter, parameter.grad) for parameter in moved]
+            first, second, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+            update(moved, gradients, first, second, steps, group)
+
+    def states(self) -> Mapping[Tensor, Mapping[str, Tensor]]:
+        """See `HoldsStates`."""
+        return self.state
+
+    def layout(self, parameter: Parameter) -> Layout:
+        """See `HoldsStates`."""
+        return {**state_layout(parameter, False), "step": ((), torch.float32)}
+
+    def put(self, states: Mapping[Parameter, Mapping[str, Tensor]]) -> None:
+        """See `HoldsStates`."""
+        for entries in self.state.values():
+            for value in entries.values():
+                value.zero_()
+        for parameter, saved in states.items():
+            own = self._state(parameter)
+            for name, value in saved.items():
+                own[name].copy_(value)
+
+    def _state(self, parameter: Parameter) -> dict[str, Tensor]:
+        """A parameter's states, zeros at first."""
+        own: dict[str, Tensor] = self.state[parameter]
+        if not own:
+            for name, _ in _MOMENTS:
+                own[name] = torch.zeros_like(parameter)
+            own["step"] = torch.zeros((), device=parameter.device)
+        return own
+
+
+class SlicedAdamW(FusedAdamW):
+    """The same a slice of a parameter at a time; `eight`: states in 8 bits; `place`: where they lie."""
+
+    def __init__(self, groups: list[dict[str, Any]], *, place: Place, eight: bool = False, **settings: Any) -> None:
+        super().__init__(groups, **settings)
         self.place = place
         self._eight = {
             parameter: eight and in_eight_bits(name, parameter)
@@ -117,31 +165,16 @@ class SlicedAdamW(torch.optim.Optimizer, HoldsStates):
         for device in devices:
             self.place.settle(device)
 
-    def states(self) -> Mapping[Tensor, Mapping[str, Tensor]]:
-        """See `HoldsStates`."""
-        return self.state
-
     def layout(self, parameter: Parameter) -> Layout:
         """See `HoldsStates`."""
         return {**state_layout(parameter, self._eight[parameter]), "step": ((), torch.float32)}
 
-    def put(self, states: Mapping[Parameter, Mapping[str, Tensor]]) -> None:
-        """See `HoldsStates`."""
-        for entries in self.state.values():
-            for value in entries.values():
-                value.zero_()
-        for parameter, saved in states.items():
-            own = self._state(parameter)
-            for name, value in saved.items():
-                own[name].copy_(value)
-
     def _state(self, parameter: Parameter) -> dict[str, Tensor]:
-        """A parameter's states, zeros at first."""
         own: dict[str, Tensor] = self.state[parameter]
         if not own:
             for name, (shape, dtype) in state_layout(parameter, self._eight[parameter]).items():
                 own[name] = self.place.zeros(shape, dtype, parameter.device)
-            own["step"] = torch.zeros(())  # on the host, as torch counts
+            own["step"] = torch.zeros(())
         return own
 
     def _update(self, parameter: Parameter, grad: Tensor, group: dict[str, Any]) -> None:
@@ -151,21 +184,8 @@ class SlicedAdamW(torch.optim.Optimizer, HoldsStates):
         for start in range(0, len(values), size):
             part = slice(start, min(start + size, len(values)))
             moments = self._eight_bit(state, part, values) if eight else self._wide(state, part, values)
-            adamw(
-                [values[part]],
-                [grad[part]],
-                [moments[0]],
-                [moments[1]],
-                [],
-                [state["step"].clone()],  # counted up by each call
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+            count = state["step"].to(values.device, copy=True)  # counted up by each call
+            update([values[part]], [grad[part]], [moments[0]], [moments[1]], [count], group)
             self._keep(state, part, moments, eight)
         state["step"] += 1
         if not parameter.is_contiguous():  # then `values` are a copy
@@ -191,6 +211,41 @@ class SlicedAdamW(torch.optim.Optimizer, HoldsStates):
             codes, absmax = encode(moment.float(), signed)
             self.place.store(own, codes)
             self.place.store(state[f"{name}_absmax"][_blocks(part)], absmax)
+
+
+def update(
+    values: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    group: Mapping[str, Any],
+) -> None:
+    """One step in place, of tensors that lie alike, by the settings of `group`; each of `steps` is counted up."""
+    if not values:
+        return
+    adamw(
+        values,
+        gradients,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        fused=True,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the parameter's order in memory, which is the kernel's."""
+    same = gradient.stride() == parameter.stride()
+    return gradient if same else torch.empty_like(parameter).copy_(gradient)
 
 
 def _blocks(part: slice) -> slice:

@@ -179,29 +179,23 @@ def restore_rng_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -
         torch.cuda.set_rng_state_all([tensors[f"cuda.{index}"] for index in range(devices)])
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Parameter, str]) -> dict[str, Tensor]:
+def pack_optimizer(optimizer: HoldsStates, names: Mapping[Parameter, str]) -> dict[str, Tensor]:
     """Give the optimizer's state as flat tensors: {"NAME.exp_avg": ..., "NAME.exp_avg_sq": ..., "NAME.step": ...}.
 
     Nothing is copied. Learning rate and decay are no part of it: they follow from the configuration and the step.
-    Raises CheckpointError for a parameter without a name or a state that is no tensor.
+    Raises CheckpointError for a parameter without a name.
     """
-    packed = {}
+    packed: dict[str, Tensor] = {}
     known: Mapping[Any, str] = names
-    states = optimizer.states() if isinstance(optimizer, HoldsStates) else optimizer.state
-    for parameter, entries in states.items():
+    for parameter, entries in optimizer.states().items():
         name = known.get(parameter)
         if name is None:
             raise CheckpointError(f"an optimized parameter of shape {tuple(parameter.shape)} has no name to save it by")
-        for key, value in entries.items():
-            if not isinstance(value, Tensor):
-                raise CheckpointError(f"{name}.{key}: optimizer state of {type(value).__name__} is not saved")
-            packed[f"{name}.{key}"] = value
+        packed |= {f"{name}.{key}": value for key, value in entries.items()}
     return packed
 
 
-def unpack_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[Parameter, str], tensors: Mapping[str, Tensor]
-) -> None:
+def unpack_optimizer(optimizer: HoldsStates, names: Mapping[Parameter, str], tensors: Mapping[str, Tensor]) -> None:
     """Put what `pack_optimizer` gave back into an optimizer over parameters of the same names and shapes.
 
     Raises CheckpointError, before anything is changed, if a name or a shape does not fit.
@@ -215,26 +209,9 @@ def unpack_optimizer(
         if name not in parameters:
             raise CheckpointError(f"optimizer state {full!r} has no parameter here: resume with the run's own adapter")
         parameter = parameters[name]
-        if isinstance(optimizer, HoldsStates):
-            _check_state(full, value, optimizer.layout(parameter).get(key))
-        elif value.ndim and value.shape != parameter.shape:
-            raise CheckpointError(
-                f"optimizer state {full!r} has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}: "
-                "resume with the run's own adapter settings"
-            )
+        _check_state(full, value, optimizer.layout(parameter).get(key))
         state.setdefault(parameter, {})[key] = value
-    if isinstance(optimizer, HoldsStates):
-        optimizer.put(state)
-        return
-    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    optimizer.state.clear()
-    for parameter, entries in state.items():
-        # as torch's own load_state_dict: AdamW counts its steps on the host unless it is fused or captured
-        on_host = not (groups[parameter].get("fused") or groups[parameter].get("capturable"))
-        optimizer.state[parameter] = {
-            key: value.to("cpu" if on_host and key == "step" else parameter.device, copy=True)
-            for key, value in entries.items()
-        }
+    optimizer.put(state)
 
 
 def _check_state(name: str, value: Tensor, expected: tuple[tuple[int, ...], torch.dtype] | None) -> None:

@@ -16,7 +16,16 @@ from torch.nn import Parameter
 
 from tunesmith.config import TrainSection
 from tunesmith.errors import ConfigError, NumericalError, did_you_mean
-from tunesmith.train.adamw import Layout, SlicedAdamW, in_eight_bits, layout_sizes, slice_bytes, state_layout
+from tunesmith.train.adamw import (
+    FusedAdamW,
+    HoldsStates,
+    Layout,
+    SlicedAdamW,
+    in_eight_bits,
+    layout_sizes,
+    slice_bytes,
+    state_layout,
+)
 from tunesmith.train.offload import aligned, place_for
 
 logger = logging.getLogger(__name__)
@@ -168,11 +177,10 @@ def build_optimizer(
     eps: float = 1e-8,
     lr_scale: Mapping[str, float] | None = None,
     decay_all: bool = False,
-    fused: bool | None = None,
     optimizer: str = "adamw",
     offload: str = "none",
     folder: Path | None = None,
-) -> torch.optim.Optimizer:
+) -> HoldsStates:
     """Give AdamW over named parameters: p <- p - lr k (m / (sqrt(v) + eps) + d p)   (arXiv:1711.05101).
 
     `lr_scale` gives k for names that are not to move at k = 1 (LoRA+'s B). The decay d leaves out vectors, biases and
@@ -191,7 +199,7 @@ def build_optimizer(
             raise ConfigError(f"train.offload: {offload} moves states that {optimizer} pages already; keep one")
         return PagedAdamW(groups, eight=kind.eight, **settings)
     if kind == OPTIMIZERS["adamw"] and offload == "none":
-        return torch.optim.AdamW(groups, fused=fused, **settings)
+        return FusedAdamW(groups, **settings)
     size = sum(aligned(size) for layout in _layouts(parameters, optimizer) for size in layout_sizes(layout))
     return SlicedAdamW(groups, eight=kind.eight, place=place_for(offload, folder, size), **settings)
 
@@ -203,7 +211,7 @@ def optimizer_of(
     learning_rate: float,
     lr_scale: Mapping[str, float] | None = None,
     folder: Path | None = None,
-) -> torch.optim.Optimizer:
+) -> HoldsStates:
     """Give the optimizer of a run, in which `choose_optimizer` has had its say; `folder` is the run's. See above."""
     return build_optimizer(
         parameters,
@@ -227,11 +235,10 @@ def workspace_bytes(
     parameters: Mapping[str, Tensor], optimizer: str = "adamw", offload: str = "none", device: str = "cpu"
 ) -> int:
     """Give the most bytes that an optimizer's step holds for a moment, beside parameters, gradients and states."""
-    kind, sizes = _kind(optimizer), [p.numel() * max(4, p.element_size()) for p in parameters.values()]
-    if kind.paged or not sizes:
+    kind = _kind(optimizer)
+    in_place = kind.paged or kind == OPTIMIZERS["adamw"] and offload == "none"
+    if in_place or not parameters:
         return 0
-    if kind == OPTIMIZERS["adamw"] and offload == "none":
-        return sum(sizes) if device == "cuda" else 2 * max(sizes)  # all at once; one tensor after another
     return slice_bytes(max(p.numel() for p in parameters.values()), kind.eight, offload != "none", device)
 
 
@@ -277,7 +284,7 @@ def _groups(
     ]
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+def set_learning_rate(optimizer: HoldsStates, learning_rate: float) -> None:
     """Set every group to `learning_rate` times its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_scale", 1.0)
