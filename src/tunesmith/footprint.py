@@ -25,6 +25,7 @@ from tunesmith.model.shapes import shape, shapes
 from tunesmith.model.sparse import pattern_of
 from tunesmith.prepare import base_of, check_precision, choose_device, choose_dtype
 from tunesmith.scratch import check_trains_all, describe, is_random
+from tunesmith.train.memo import Memo
 from tunesmith.train.memory import usable_memory
 from tunesmith.train.planner import Choice, Work, choose
 from tunesmith.train.steps import shares_prefix
@@ -62,6 +63,7 @@ def work_of(
         device=device.type,
         native=native and device.type == "cpu",
         blocks=native and allocator.can_be_used(),
+        memo=Memo(model, run.adapter, run.model.attention, run.quant, run.train.attention_dropout, native, device),
     )
 
 

@@ -34,6 +34,7 @@ from tunesmith.model.allocator import SLACK
 from tunesmith.model.linear import Linear
 from tunesmith.model.llama import Llama
 from tunesmith.model.quantize import block_linears
+from tunesmith.train.memo import Memo
 from tunesmith.train.memory import GIB, parameter_count
 from tunesmith.train.optim import state_bytes, workspace_bytes
 from tunesmith.train.order import heaviest_batches
@@ -79,6 +80,7 @@ class Work:
     device: str = "cpu"
     native: bool = True  # element-wise work by native kernels (on a CPU)
     blocks: bool = True  # large tensors from allocator.cpp (on a CPU)
+    memo: Memo | None = None  # where counts are kept
     _steps: dict[tuple[int, Recompute], StepBytes] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -126,7 +128,9 @@ class Work:
             dropout=self.train.attention_dropout,
             first=first,
         )
-        return from_few_blocks(self.model, count)
+        if self.memo is None:
+            return from_few_blocks(self.model, count)
+        return self.memo.step(pack, recompute, first, count=partial(from_few_blocks, self.model, count))
 
 
 def _pairs(pack: Pack) -> int:
