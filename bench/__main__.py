@@ -18,7 +18,7 @@ from typing import Any
 
 from bench import table
 from bench.envs import NAMES, EnvError, Envs, setup
-from bench.jobs import JOBS, MODEL, MODES, SHAPES, Job, shape_job, small
+from bench.jobs import JOBS, MODEL, MODES, SHAPES, Job, in_float32, shape_job, small
 from bench.runner import WORK, Options, Runner, data_dir, read_results, say
 
 
@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; none is all")
     run = commands.add_parser("run", help="run jobs, ours and peers by turns")
     run.add_argument("--jobs", default=",".join(JOBS), help=f"of {','.join(JOBS)}")
+    run.add_argument("--float32", action="store_true", help="in fp32, for a processor that only emulates bf16")
     run.add_argument("--rounds", type=int, default=3)
     run.add_argument("--rows", type=int, help="fewer rows than a job has, for a trial")
     run.add_argument(
@@ -92,6 +93,8 @@ def _run(given: argparse.Namespace) -> int:
         say("run: --device cuda needs --shape: the jobs of a CPU are too small for a GPU")
         return 2
     jobs = [shape_job(given.shape)] if given.shape else [JOBS[name] for name in names]
+    if given.float32 and not given.shape:
+        jobs = list({job.name: job for job in map(in_float32, jobs)}.values())
     jobs = [small(job, given.rows) for job in jobs]
     if given.dry_run:
         print("\n".join(line for job in jobs for line in plan(job, given.rounds, peers, given.tune_rows)))

@@ -178,6 +178,15 @@ def shape_job(name: str) -> Job:
     )
 
 
+def in_float32(job: Job) -> Job:
+    """The training job in float32, for a processor that only emulates bf16; a job without bf16 as it is."""
+    if job.kind != "train" or job.dtype == "float32":
+        return job
+    modes = tuple(name for name in job.modes if not MODES[name].settings.get("autocast"))
+    about = job.about.replace("bf16", "fp32")
+    return replace(job, name=f"{job.name}-fp32", about=about, dtype="float32", modes=modes)
+
+
 def small(job: Job, rows: int | None) -> Job:
     """The job on fewer rows."""
     return job if rows is None else replace(job, rows=min(rows, job.rows))

@@ -94,3 +94,10 @@ def test_what_is_missing_is_said(tmp_path: Path, tiny_base: Path) -> None:
     assert bench("run", "--device", "cuda").returncode == 2
     plan = bench("run", "--dry-run", "--rounds", 5)
     assert plan.returncode == 0 and "5 rounds" in plan.stdout and "decode-llamacpp" in plan.stdout
+
+
+def test_jobs_can_be_in_float32() -> None:
+    plan = bench("run", "--dry-run", "--float32").stdout
+    jobs = [line.split(":")[0] for line in plan.splitlines() if not line.startswith(" ")]
+    assert jobs == ["alpaca-fp32", "alpaca-all-fp32", "reviews-fp32", "long-fp32", "decode"]
+    assert "-amp" not in plan and "bf16" not in plan
