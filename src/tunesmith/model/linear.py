@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from tunesmith.model.product import dense, product
+from tunesmith.model.product import dense, linear, product
 from tunesmith.model.seam import Context, Seam
 from tunesmith.quant.storage import Storage
 
@@ -45,7 +44,7 @@ class Linear(nn.Module):
     def _product(self, x: Tensor, ctx: Context, bias: Tensor | None = None) -> Tensor:
         if ctx.kept is not None:
             return ctx.kept.product(x, self.weight, bias, self.quant)
-        return functional.linear(x, self.weight, bias) if self.quant is None else product(x, self.weight, self.quant)
+        return linear(x, self.weight, bias) if self.quant is None else product(x, self.weight, self.quant)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W, (out_features, in_features): the Parameter itself, or made anew from a quantized one."""
