@@ -43,8 +43,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _for_onednn(x: Tensor, weight: Tensor) -> bool:
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return False  # the operator has no derivative
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False  # the compiler has ways of its own; the operator has no derivative
     ours = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     return ours and x.ndim == 2 and len(x) > 0 and weight.is_contiguous() and _onednn()
 
