@@ -96,7 +96,9 @@ class Runner:
 
     def _job(self, job: Job, entry: Record) -> None:
         facts = self._prepare(job)
-        entry["facts"] = {key: value for key, value in facts.items() if key not in ("prompts", "event", "t")}
+        entry["facts"] = {
+            key: value for key, value in facts.items() if key not in ("prompts", "model_path", "event", "t")
+        }
         entry["machine"] = self.machine(job)
         entry["runs"] = []
         modes, entry["absent"] = self._present(job)
