@@ -116,6 +116,18 @@ def test_few_blocks_tell_how_gradients_grow(recompute: bool, blocks: int) -> Non
     assert told.peak == pytest.approx(whole.peak, rel=0.02)
 
 
+def test_a_peak_told_by_few_blocks_is_not_below_what_the_forward_keeps() -> None:
+    """With few blocks the peak may be at another moment, such as a wide embedding's gradient, and grow otherwise."""
+    with torch.device("meta"):
+        model = Llama(replace(TINY, num_hidden_layers=40))
+
+    def count() -> StepBytes:
+        blocks = len(model.model.layers)
+        return StepBytes(kept=26 * blocks, loss=26 * blocks + 5, peak=200 + 14 * blocks, end=14 * blocks)
+
+    assert from_few_blocks(model, count).peak == 26 * 40 + 5
+
+
 def test_blocks_that_differ_are_all_counted() -> None:
     with torch.device("meta"):
         model = Llama(replace(TINY, num_hidden_layers=9))

@@ -118,7 +118,7 @@ def from_few_blocks(model: Llama, count: Callable[[], StepBytes]) -> StepBytes:
     )
     # What the blocks keep goes while their gradients come: with many blocks the end may be higher than the beginning.
     beside = one.peak - max(one.loss, one.end)
-    return StepBytes(kept, loss, max(peak, end + beside), end, one.first)
+    return StepBytes(kept, loss, max(peak, loss, kept, end + beside), end, one.first)
 
 
 _FEW = 3  # blocks: no gradient goes below the first, and nothing stands above the last
