@@ -92,8 +92,11 @@ def _run(given: argparse.Namespace) -> int:
     if given.device == "cuda" and not given.shape:
         say("run: --device cuda needs --shape: the jobs of a CPU are too small for a GPU")
         return 2
+    if given.float32 and given.shape:
+        say("run: --float32 goes with the jobs, not with --shape, whose weights are in bf16")
+        return 2
     jobs = [shape_job(given.shape)] if given.shape else [JOBS[name] for name in names]
-    if given.float32 and not given.shape:
+    if given.float32:
         jobs = list({job.name: job for job in map(in_float32, jobs)}.values())
     jobs = [small(job, given.rows) for job in jobs]
     if given.dry_run:

@@ -101,3 +101,4 @@ def test_jobs_can_be_in_float32() -> None:
     jobs = [line.split(":")[0] for line in plan.splitlines() if not line.startswith(" ")]
     assert jobs == ["alpaca-fp32", "alpaca-all-fp32", "reviews-fp32", "long-fp32", "decode"]
     assert "-amp" not in plan and "bf16" not in plan
+    assert bench("run", "--float32", "--shape", "tiny").returncode == 2
