@@ -32,6 +32,35 @@ def test_dtype_of_a_cpu(features, expected, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("vendor", "features", "expected"),
+    [
+        ("AuthenticAMD", {"avx2", "avx512f"}, True),
+        ("AuthenticAMD", {"avx2"}, False),
+        ("GenuineIntel", {"avx2", "avx512f"}, False),
+        (None, {"neon"}, False),
+    ],
+)
+def test_where_the_default_library_uses_half_of_the_vectors(vendor, features, expected, monkeypatch):
+    lines = {"vendor_id": vendor, "flags": " ".join(features)}
+    monkeypatch.setattr(hardware, "_cpu_line", lambda *names: next((lines[n] for n in names if n in lines), None))
+    monkeypatch.setattr(hardware.platform, "processor", lambda: "arm")
+    for found in (hardware.cpu_features, hardware.narrow_products):
+        found.cache_clear()
+    try:
+        assert hardware.narrow_products() is expected
+        assert hardware.describe()["cpu"]["float32_products"] == ("oneDNN" if expected else "torch's default library")
+    finally:
+        for found in (hardware.cpu_features, hardware.narrow_products):
+            found.cache_clear()
+
+
+def test_a_windows_processor_names_its_vendor(monkeypatch):
+    monkeypatch.setattr(hardware, "_cpu_line", lambda *names: None)
+    monkeypatch.setattr(hardware.platform, "processor", lambda: "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD")
+    assert hardware._cpu_vendor() == "AuthenticAMD"
+
+
+@pytest.mark.parametrize(
     ("capability", "expected"),
     [((7, 0), "float32"), ((7, 5), "float32"), ((8, 0), "bfloat16"), ((8, 9), "bfloat16"), ((9, 0), "bfloat16")],
 )

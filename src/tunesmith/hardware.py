@@ -111,13 +111,9 @@ def _of_process() -> list[tuple[int, int]]:
 @cache
 def cpu_features() -> frozenset[str]:
     """The processor's instruction sets, by the names that Linux gives them (avx512_bf16, amx_bf16, ...)."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() in ("flags", "Features"):
-                return frozenset(value.split())
-    except OSError:
-        pass
+    found = _cpu_line("flags", "Features")
+    if found is not None:
+        return frozenset(found.split())
     import torch
 
     level = torch.backends.cpu.get_cpu_capability().lower()  # no /proc (macOS, Windows): "avx2", "avx512", "default"
@@ -138,6 +134,15 @@ def recommended_dtype(device: str | torch.device = "cpu") -> str:
     if device.type == "cpu" and cpu_features() & {"avx512_bf16", "amx_bf16"}:
         return "bfloat16"
     return "float32"
+
+
+@cache
+def narrow_products() -> bool:
+    """Does torch's default library (MKL) multiply float32 matrices with half of this processor's vectors?
+
+    It does on AMD processors with AVX-512: twice the time of oneDNN (docs/decisions.md, "Speed").
+    """
+    return _cpu_vendor() == "AuthenticAMD" and "avx512f" in cpu_features()
 
 
 def gpus() -> list[dict[str, Any]]:
@@ -177,6 +182,7 @@ def describe() -> dict[str, Any]:
             "features": sorted(cpu_features().intersection(_TOLD)),
             "torch_threads": torch.get_num_threads(),
             "recommended_dtype": recommended_dtype("cpu"),
+            "float32_products": "oneDNN" if narrow_products() else "torch's default library",
         },
         "memory": {"total_bytes": total, "available_bytes": available},
         "cuda": torch.version.cuda or torch.version.hip,
@@ -198,13 +204,23 @@ def _versions() -> dict[str, str]:
 
 
 def _cpu_model() -> str:
+    return _cpu_line("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_vendor() -> str:
+    return _cpu_line("vendor_id") or platform.processor().rpartition(", ")[2]  # Windows: "..., AuthenticAMD"
+
+
+def _cpu_line(*names: str) -> str | None:
+    """What Linux says of the first processor under one of these names."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+            name, _, value = line.partition(":")
+            if name.strip() in names:
+                return value.strip()
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return None
 
 
 def _revision() -> str | None:

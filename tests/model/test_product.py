@@ -11,7 +11,7 @@ from torch.nn import functional
 from tunesmith.model import native
 from tunesmith.model.layout import Layout
 from tunesmith.model.linear import Linear
-from tunesmith.model.product import FEW, SHORT, TALL, dense, linear, product
+from tunesmith.model.product import FEW, dense, product
 from tunesmith.quant.storage import Spec, quantize_weight
 
 needs_compiler = pytest.mark.skipif(native.built()[0] is None, reason=f"NOT TESTED: {native.built()[1]}")
@@ -105,29 +105,3 @@ def test_a_linear_holds_its_weight_and_keeps_its_seams() -> None:
     linear.edit["a"] = double
     assert torch.allclose(linear(x, ctx), 2 * functional.linear(x, w) + linear.bias, atol=1e-5)
     assert torch.equal(linear.dense_weight(), w)
-
-
-@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, TALL)], ids=["plain", "bias"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("tokens", [0, 1, 8, SHORT, SHORT + 1, 300])
-@pytest.mark.parametrize("rows", [40, TALL])
-def test_both_libraries_give_the_same(
-    rows: int, tokens: int, dtype: torch.dtype, bias: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    draw = torch.Generator().manual_seed(1)
-    weight, x = torch.randn(rows, 48, generator=draw).to(dtype), torch.randn(tokens, 48, generator=draw).to(dtype)
-    bias = None if bias is None else bias[:rows].to(dtype)
-    asked = []
-    monkeypatch.setattr(functional, "linear", lambda *given: asked.append(1) or torch._C._nn.linear(*given))
-    found = linear(x, weight, bias)
-    exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
-    torch.testing.assert_close(found.double(), exact, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
-    fast = dtype == torch.float32 and tokens > 0 and (tokens <= SHORT or rows == TALL)
-    assert bool(asked) != (fast and torch.backends.mkldnn.is_available())
-
-
-def test_where_gradients_are_asked_for_they_are_there() -> None:
-    weight = torch.randn(6, 5)
-    for x, w in ((torch.randn(3, 5, requires_grad=True), weight), (torch.randn(3, 5), weight.clone().requires_grad_())):
-        linear(x, w).square().sum().backward()
-        assert (x if x.requires_grad else w).grad is not None

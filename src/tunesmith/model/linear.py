@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tunesmith.model.product import dense, linear, product
+from tunesmith.model.matmul import linear
+from tunesmith.model.product import dense, product
 from tunesmith.model.seam import Context, Seam
 from tunesmith.quant.storage import Storage
 

@@ -1,4 +1,4 @@
-"""Products with weights: of dense ones by the faster of two libraries, of frozen ones in few bits as follows.
+"""Products with frozen weights that are kept in few bits.
 
 y = W x, W dense for the moment of the product only:
 
@@ -19,39 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
+from tunesmith.model.matmul import back, plain
 from tunesmith.model.native import kernels_for, or_null
 from tunesmith.quant.ggml import Ggml
 from tunesmith.quant.storage import Blockwise, Int8, Storage
 
 FEW = 8  # rows of x that a native product takes at once: for more, one dense matrix is faster
 EIGHT = 8  # weights that the native kernels read at once: a row is a multiple of them
-SHORT, TALL = 64, 8192  # rows of x up to which, and of W from which, oneDNN reads W faster than torch's default library
 _BNB_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """W x + b for x (tokens, columns) -> (tokens, rows), all dense.
-
-    Without gradients, in float32 on a CPU, a vocabulary's matrix and few tokens go to oneDNN, which is faster there
-    (docs/decisions.md, "Speed").
-    """
-    if (0 < len(x) <= SHORT or len(weight) >= TALL) and _for_onednn(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return functional.linear(x, weight, bias)
-
-
-def _for_onednn(x: Tensor, weight: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return False  # the compiler has ways of its own; the operator has no derivative
-    ours = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    return ours and x.ndim == 2 and len(x) > 0 and weight.is_contiguous() and _onednn()
-
-
-@cache
-def _onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def product(x: Tensor, packed: Tensor, storage: Storage) -> Tensor:
@@ -85,7 +61,7 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (packed,) = ctx.saved_tensors
-        return grad @ dense(packed, ctx.storage, grad.dtype), None, None
+        return back(grad, dense(packed, ctx.storage, grad.dtype)), None, None
 
 
 def _forward(x: Tensor, packed: Tensor, storage: Storage) -> Tensor:
@@ -96,7 +72,7 @@ def _forward(x: Tensor, packed: Tensor, storage: Storage) -> Tensor:
         y = _few_rows(x, packed, storage)
         if y is not None:
             return y
-    return functional.linear(x, dense(packed, storage, x.dtype))
+    return plain(x, dense(packed, storage, x.dtype))
 
 
 def _few_rows(x: Tensor, packed: Tensor, storage: Storage) -> Tensor | None:

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.errors import ModelError
+from tunesmith.model.matmul import back, back_weight, plain
 from tunesmith.model.product import dense, product
 from tunesmith.model.seam import Context
 from tunesmith.quant.storage import Storage
@@ -106,7 +106,7 @@ class _KeptProduct(torch.autograd.Function):
         ctx.storage = storage
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         if storage is None:
-            return kept.value(x, weight, len(weight), lambda: functional.linear(x, weight, bias))
+            return kept.value(x, weight, len(weight), lambda: plain(x, weight, bias))
         return kept.value(x, weight, storage.shape[0], lambda: product(x, weight, storage))
 
     @staticmethod
@@ -116,8 +116,8 @@ class _KeptProduct(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         whole = weight if ctx.storage is None else dense(weight, ctx.storage, grad.dtype)
         return (
-            grad @ whole if needs_x else None,
-            grad.t() @ x if needs_weight else None,
+            back(grad, whole) if needs_x else None,
+            back_weight(grad, x) if needs_weight else None,
             grad.sum(0) if needs_bias else None,
             None,
             None,

@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from tunesmith.data.pack import Pack
 from tunesmith.model.llama import HEAD_ROWS, Llama
+from tunesmith.model.matmul import back, linear
 from tunesmith.model.native import kernels_for
-from tunesmith.model.product import linear
 from tunesmith.model.seam import Context
 
 
@@ -56,7 +56,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if kernels is not None and grad_rows is not None:
                 logits = linear(rows[part], head.weight)
                 total += kernels.cross_entropy(logits, target[part], weight[part]).sum()
-                torch.mm(logits, head.weight, out=grad_rows[part])  # the logits have become their gradient
+                grad_rows[part] = back(logits, head.weight)  # the logits have become their gradient
                 continue
             with torch.enable_grad():
                 chunk = rows[part].detach().requires_grad_(needs_rows)

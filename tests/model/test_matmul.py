@@ -1,0 +1,126 @@
+"""Products with dense weights: both libraries give the same values and gradients, and the rule takes the faster."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from tests.laws.small import TINY, build, disturb, examples, packs_of
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tunesmith.adapters import attach
+from tunesmith.model import matmul
+from tunesmith.model.matmul import SHORT, TALL, back, back_weight, linear, plain
+from tunesmith.model.quantize import quantize
+from tunesmith.quant.storage import Spec
+from tunesmith.train.loss import pack_loss
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="NOT TESTED: torch has no oneDNN")
+
+
+@pytest.fixture(params=[False, True], ids=["default", "onednn"])
+def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether every product is oneDNN's."""
+    monkeypatch.setattr(matmul, "narrow_products", lambda: request.param)
+    return request.param
+
+
+class Libraries(TorchDispatchMode):
+    """Counts the products of each library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if name == "mkldnn::_linear_pointwise":
+            self.found["onednn"] += 1
+        elif name in ("aten::mm", "aten::addmm"):
+            self.found["default"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, TALL)], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 8, SHORT, SHORT + 1, 300])
+@pytest.mark.parametrize("rows", [40, TALL])
+def test_both_libraries_give_the_same(
+    rows: int, tokens: int, dtype: torch.dtype, bias: torch.Tensor | None, narrow: bool
+) -> None:
+    draw = torch.Generator().manual_seed(1)
+    weight, x = torch.randn(rows, 48, generator=draw).to(dtype), torch.randn(tokens, 48, generator=draw).to(dtype)
+    bias = None if bias is None else bias[:rows].to(dtype)
+    exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    close = {"rtol": 0.02 if dtype == torch.bfloat16 else 1e-5, "atol": 1e-4}
+    for product, always in ((linear, tokens <= SHORT or rows == TALL), (plain, False)):
+        with Libraries() as libraries:
+            found = product(x, weight, bias)
+        torch.testing.assert_close(found.double(), exact, **close)
+        fast = torch.backends.mkldnn.is_available() and dtype == torch.float32 and tokens > 0 and (narrow or always)
+        assert bool(libraries.found["onednn"]) == fast
+    grad = torch.randn(tokens, rows, generator=draw).to(dtype)
+    close["atol"] = 0.5 if dtype == torch.bfloat16 else 1e-3
+    torch.testing.assert_close(back(grad, weight).double(), grad.double() @ weight.double(), **close)
+    torch.testing.assert_close(back_weight(grad, x).double(), grad.double().t() @ x.double(), **close)
+
+
+@pytest.mark.parametrize("strides", ["whole", "every second column", "transposed", "expanded"])
+@pytest.mark.parametrize("asked", ["x", "weight", "all"])
+def test_gradients_are_those_of_autograd(asked: str, strides: str, narrow: bool) -> None:
+    draw = torch.Generator().manual_seed(1)
+    made = {
+        "whole": lambda: torch.randn(7, 12, generator=draw),
+        "every second column": lambda: torch.randn(7, 24, generator=draw)[:, ::2],
+        "transposed": lambda: torch.randn(12, 7, generator=draw).t(),
+        "expanded": lambda: torch.randn(1, 12, generator=draw).expand(7, 12),
+    }[strides]()
+    given = (made, torch.randn(5, 12, generator=draw), torch.randn(5, generator=draw))
+    found, expected = [], []
+    for product, grads in ((linear, found), (functional.linear, expected)):
+        tensors = [t.detach().clone() if strides == "whole" else t.detach() for t in given]
+        for tensor, name in zip(tensors, ("x", "weight", "bias"), strict=True):
+            tensor.requires_grad_(asked in (name, "all"))
+        product(*tensors).square().sum().backward()
+        grads += [t.grad for t in tensors]
+        for tensor in tensors:
+            tensor.grad = None
+    for ours, autograd in zip(found, expected, strict=True):
+        assert (ours is None) == (autograd is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, autograd)
+
+
+@needs_onednn
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
+@pytest.mark.parametrize("quant", [None, "nf4"])
+@pytest.mark.parametrize("spec", [{"kind": "lora", "rank": 4}, {"kind": "full"}], ids=lambda spec: spec["kind"])
+def test_a_step_by_onednn_is_the_step(
+    spec: dict[str, Any], quant: str | None, recompute: bool | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if quant and spec["kind"] == "full":
+        pytest.skip("a quantized base is frozen")
+    steps, counts = [], []
+    for narrow in (False, True):
+        monkeypatch.setattr(matmul, "narrow_products", lambda narrow=narrow: narrow)
+        model = build(TINY, torch.float32)
+        if quant:
+            quantize(model, Spec(quant, block_size=8))
+        adapter = attach(model, spec)
+        disturb(adapter)
+        (pack,) = packs_of(model, examples())
+        ctx = model.context(pack.layout)
+        with Libraries() as libraries:
+            loss = pack_loss(model, pack, ctx, model.run(pack.tokens, ctx, recompute))
+            loss.backward()
+        steps.append([loss.detach(), *(p.grad for p in adapter.trainable.values())])
+        counts.append(libraries.found)
+    for ours, default in zip(*reversed(steps), strict=True):
+        torch.testing.assert_close(ours, default, rtol=1e-4, atol=1e-5)
+    # what adapters add is small, and stays with the default library
+    blocks = TINY.num_hidden_layers
+    assert counts[1]["onednn"] >= 12 * blocks > counts[0]["onednn"]  # 7 and 7 a block, the first block's first fewer
+    assert counts[1]["default"] < counts[0]["default"]
