@@ -15,6 +15,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from tunesmith.errors import TokenizerError
 from tunesmith.model.config import ModelConfig
 from tunesmith.tokenizer import check_fits, load_tokenizer
+from tunesmith.tokenizer.fast import _PREFIXING, FastEngine, _without_prefix
 
 _spec = importlib.util.spec_from_file_location("vocabularies", Path(__file__).with_name("vocabularies.py"))
 vocabularies: Any = importlib.util.module_from_spec(_spec)
@@ -104,6 +105,20 @@ def test_space_after_special_tokens_follows_legacy(spm_folder: Path) -> None:
     ours = load_tokenizer(spm_folder)
     bare = ours.encode("b", continuation=True)
     assert ours.encode("a</s>b", special=True) == [*theirs.encode("a"), 2, *bare] and bare != theirs.encode("b")
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_every_setting_is_the_file_that_says_so(tmp_path: Path, legacy: bool) -> None:
+    """Settings share one vocabulary; each is what reading a tokenizer.json with that setting would give."""
+    folder = _metaspace_folder(tmp_path, legacy)
+    engine = FastEngine.parse((folder / "tokenizer.json").read_text(), "here")
+    text = json.loads(engine.files()["tokenizer.json"])
+    for continuation in (False, True):
+        spec = text | ({k: _without_prefix(text.get(k)) for k in _PREFIXING} if continuation else {})
+        expected = tokenizers.Tokenizer.from_str(json.dumps(spec)).to_str()
+        for special in (False, True):
+            assert engine._build(special, continuation).to_str() == expected
+    assert expected != engine.files()["tokenizer.json"].decode()
 
 
 @pytest.mark.parametrize("legacy", [True, False])

@@ -11,6 +11,8 @@ import tokenizers
 from tunesmith.errors import TokenizerError
 
 _T = TypeVar("_T")
+_PREFIXING = ("normalizer", "pre_tokenizer")  # the parts that may put a space before the text
+_PARTS = (*_PREFIXING, "post_processor", "decoder")
 
 
 def guarded(where: str, work: Callable[[], _T]) -> _T:
@@ -109,15 +111,20 @@ class FastEngine:
         return self._main_text
 
     def _build(self, special: bool, continuation: bool) -> tokenizers.Tokenizer:
-        text = self._text()
-        if continuation:
-            spec = json.loads(text)
-            without = spec | {key: _without_prefix(spec.get(key)) for key in ("normalizer", "pre_tokenizer")}
-            if without == spec and not special:
-                self._variants[special, True] = self._main
-                return self._main
-            text = json.dumps(without)
-        built = guarded(self.where, lambda: tokenizers.Tokenizer.from_str(text))
+        """Another object on the same vocabulary, which is neither copied nor written and read again."""
+        parts = {name: getattr(self._main, name) for name in _PARTS}
+        changed = _without_prefixes(parts) if continuation else {}
+        if not changed and not special:
+            self._variants[special, continuation] = self._main
+            return self._main
+        built = tokenizers.Tokenizer(self._main.model)
+        for name, part in (parts | changed).items():
+            if part is not None:
+                setattr(built, name, part)
+        added = self._main.get_added_tokens_decoder()
+        built.add_tokens([added[index] for index in sorted(added)])
+        if built.get_added_tokens_decoder().keys() != added.keys():
+            raise TokenizerError(f"{self.where}: the ids of its added tokens do not follow one another; save it again")
         built.encode_special_tokens = not special
         self._variants[special, continuation] = built
         return built
@@ -130,6 +137,15 @@ def add_token(tokenizer: tokenizers.Tokenizer, content: str, special: bool) -> N
         tokenizer.add_special_tokens([added])
     else:
         tokenizer.add_tokens([added])
+
+
+def _without_prefixes(parts: dict[str, Any]) -> dict[str, Any]:
+    """Those of a tokenizer's parts that put a space before the text, made anew without it (None: nothing is left)."""
+    before = {name: json.loads(parts[name].__getstate__()) for name in _PREFIXING if parts[name] is not None}
+    changed = {name: new for name, part in before.items() if (new := _without_prefix(part)) != part}
+    bare = json.loads(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str()) | changed
+    made = tokenizers.Tokenizer.from_str(json.dumps(bare))
+    return {name: getattr(made, name) for name in changed}
 
 
 def _without_prefix(part: Any) -> Any:
