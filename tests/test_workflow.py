@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import weakref
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -151,6 +152,30 @@ def test_the_plan_is_printed_beside_what_was_measured(finished):
     lines = [line for line in finished[2].splitlines() if line.startswith("memory:")]
     assert re.fullmatch(r"memory: planned [\d.]+ GiB", lines[0])
     assert re.fullmatch(r"memory: planned [\d.]+ GiB, measured [\d.]+ GiB \(\d+% of it\)", lines[1])
+
+
+def test_when_training_has_ended_its_memory_is_given_back(
+    command, in_process, tiny_base, tiny_reviews, tmp_path, monkeypatch
+):
+    """Checked where what was trained is saved: no optimizer, no gradient, and free memory was returned."""
+    given, seen, alive = [], [], []
+    init, save = workflow.Trainer.__init__, workflow.save_run_adapter
+    give = workflow.give_back_memory
+
+    def made(self, *arguments, **named):
+        init(self, *arguments, **named)
+        alive.append(weakref.ref(self.optimizer))
+
+    def saved(run, loaded, adapter, *rest):
+        seen.append(([ref() for ref in alive], [p.grad for p in adapter.trainable.values()]))
+        return save(run, loaded, adapter, *rest)
+
+    monkeypatch.setattr(workflow.Trainer, "__init__", made)
+    monkeypatch.setattr(workflow, "save_run_adapter", saved)
+    monkeypatch.setattr(workflow, "give_back_memory", lambda: given.append(give()))
+    train(command, tiny_base, tiny_reviews, tmp_path, train__max_steps=2)
+    ((optimizers, gradients),) = seen
+    assert optimizers == [None] and gradients and not any(g is not None for g in gradients) and len(given) == 1
 
 
 def test_lines_are_not_broken_by_the_width_of_a_terminal(finished):

@@ -57,7 +57,7 @@ from tunesmith.train.checkpoint import seed_everything
 from tunesmith.train.guards import check_prompts, check_tokenizer_ids, explain_nonfinite
 from tunesmith.train.log import MetricsFile, Progress, check_trackers, open_trackers
 from tunesmith.train.loop import Trainer, read_checkpoint
-from tunesmith.train.memory import GIB, peak_memory
+from tunesmith.train.memory import GIB, give_back_memory, peak_memory
 from tunesmith.train.planner import MemoryPlan
 from tunesmith.train.reporter import RunLog
 from tunesmith.train.steps import Plan, make_plan
@@ -120,6 +120,7 @@ def train_run(run: Run, console: Console, loaded: Loaded | None = None) -> Outco
         atomic_write_text(folder / "config.yaml", run.dump_yaml())
     before, shown = _before(run, loaded, data, folder, checkpoint, console)
     after = _train(run, plan, loaded, adapter, data, before, folder, checkpoint, console)
+    give_back_memory()  # the optimizer's, before the base is read again for verification
     samples = _answers(run, loaded, data, shown, "after")
     save_run_adapter(run, loaded, adapter, data, folder)
     report = verify_run(folder, base=loaded.path)

@@ -145,6 +145,7 @@ class Trainer:
                         f"stopped after step {step} of {self.plan.steps}, checkpoint saved; "
                         f"go on with: tunesmith train --resume {self.folder}"
                     )
+        self.optimizer.zero_grad(set_to_none=True)
         self.model.eval()
         return self.progress
 

@@ -72,7 +72,7 @@ def check_weights_fit(
 
 
 def give_back_memory() -> None:
-    """Give memory that no tensor is in back to the system: after a step that had too little."""
+    """Give memory that no tensor is in back to the system: after a step that had too little, and after the last."""
     gc.collect()
     allocator.release()
     if torch.cuda.is_available():
