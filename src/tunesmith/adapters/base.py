@@ -49,6 +49,10 @@ class Delta(nn.Module):
         """Return weight and bias of a plain Linear that computes the same, in float32. Raises CannotMerge."""
         raise CannotMerge(f"{type(self).__name__} cannot be folded into a weight: keep the adapter beside its base")
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and s, where the edit of W x is W x + s B A x and nothing else, as things are now; else None."""
+        return None
+
     def penalty(self) -> Tensor | None:
         """A scalar added to the loss, or None."""
         return None

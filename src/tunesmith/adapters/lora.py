@@ -99,6 +99,11 @@ class LoRADelta(Delta):
         A = A.to(x.dtype)
         return functional.linear(x, A) if seed is None else dropped_product(x, A, self.dropout, seed)
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """See `Delta`; not of what is built upon LoRA and computes something else."""
+        own = type(self).forward is LoRADelta.forward and self.A0 is None and not (self.dropout and self.training)
+        return (self.A, self.B, self.scale) if own else None
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of the whole update, PiSSA's subtracted start included as further ranks."""
         if self.A0 is None or self.B0 is None:

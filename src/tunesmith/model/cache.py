@@ -32,6 +32,8 @@ class Cache:
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.lengths = [0] * batch
         self.virtual = [0] * batch  # how many of them are an adapter's virtual tokens
+        self.single = False  # does this forward continue every sequence by one token?
+        self.starts = torch.zeros(batch, dtype=torch.int64)  # then: their lengths before it
         self._new: list[np.ndarray] = []  # the tokens of the current forward that each sequence gains
         self._hidden: dict[tuple[int | None, Pattern | None], Tensor | None] = {}
 
@@ -66,6 +68,8 @@ class Cache:
             added = len(layout.lengths) - len(virtual)
             self.virtual = [virtual[leaf - added] for leaf in leaves] if virtual else [0] * self.batch
             shift = np.zeros(layout.tokens, np.int64)
+        self.single = any(self.lengths) and all(len(new) == 1 for new in self._new)
+        self.starts = torch.tensor(self.lengths)
         self._reserve(max(n + len(new) for n, new in zip(self.lengths, self._new, strict=True)))
         self._hidden = {}
         return layout.position_array + shift

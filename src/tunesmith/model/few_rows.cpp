@@ -6,36 +6,9 @@
 #include <vector>
 
 #include "bf16.h"
-#include "expand.h"
+#include "dots.h"
 
 namespace {
-
-// As a weight of the dense matrix in bfloat16 is.
-inline lanes rounded(lanes value) {
-    lane_bits bits = nearest_bf16(value);
-    std::memcpy(&value, &bits, sizeof bits);
-    return value;
-}
-
-// The sums of N rows, in several chains each where there are few: an addition waits for the one before it in its chain.
-template <int N>
-struct Sums {
-    static constexpr int CHAINS = N == 1 ? GROUP : N == 2 ? 2 : 1;
-    lanes part[N][CHAINS] = {};
-
-    inline void add(lanes weights, const float* x, int64_t columns, int place) {
-#pragma GCC unroll 8
-        for (int i = 0; i < N; i++) part[i][place % CHAINS] += weights * lanes_at(x + i * columns);
-    }
-
-    float total(int i) const {
-        lanes sum = part[i][0];
-        for (int c = 1; c < CHAINS; c++) sum += part[i][c];
-        float whole = 0;
-        for (int j = 0; j < WIDE; j++) whole += sum[j];
-        return whole;
-    }
-};
 
 template <int N, class Weights>
 void together(const Weights& weights, bool narrow, const float* x, float* y, int64_t rows, int64_t columns) {

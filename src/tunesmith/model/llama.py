@@ -29,6 +29,7 @@ from tunesmith.model.linear import Linear
 from tunesmith.model.recompute import run_block
 from tunesmith.model.seam import Context, Seam
 from tunesmith.model.sparse import Pattern, evaluated
+from tunesmith.model.token_step import TokenStep
 from tunesmith.model.virtual import VIRTUAL, Needs, make_context
 
 HEAD_ROWS = 128  # rows of logits that exist at once: 128 x 49,152 in float32 are 25 MB, and more is no faster
@@ -116,6 +117,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.after_attn, self.after_mlp, self.resid = Seam(), Seam(), Seam()
+        self.token_step = TokenStep(self)
 
     @property
     def ends_plainly(self) -> bool:
@@ -124,6 +126,10 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, ctx: Context) -> Tensor:
         """(tokens, hidden_size) -> (tokens, hidden_size)."""
+        if ctx.cache is not None and not torch.compiler.is_compiling():
+            out = self.token_step(h, ctx)
+            if out is not None:
+                return out
         x = self.input_layernorm(h, ctx)
         h = h + self.after_attn(self.self_attn(x, ctx), self, ctx, x)
         x = self.post_attention_layernorm(h, ctx)

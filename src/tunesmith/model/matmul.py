@@ -26,7 +26,7 @@ SHORT, TALL = 64, 8192  # tokens up to which, and rows of W from which, oneDNN r
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """W x + b for x (tokens, columns) -> (tokens, rows)."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        wide = narrow_products() and _possible(x, weight)
+        wide = _possible(x, weight) and narrow_products()
         return _Linear.apply(x, weight, bias) if wide else functional.linear(x, weight, bias)
     if (len(x) <= SHORT or len(weight) >= TALL) and _possible(x, weight):
         return _onednn(x, weight, bias)
@@ -35,21 +35,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same, by the library that is taken where gradients are asked for; it has none itself."""
-    if narrow_products() and _possible(x, weight):
+    if _possible(x, weight) and narrow_products():
         return _onednn(x, weight, bias)
     return functional.linear(x, weight, bias)
 
 
 def back(grad: Tensor, weight: Tensor) -> Tensor:
     """The gradient of x, (tokens, columns), for that of W x, (tokens, rows); it has none itself."""
-    if narrow_products() and _possible(grad, weight):
+    if _possible(grad, weight) and narrow_products():
         return _onednn(grad, weight.t())
     return grad @ weight
 
 
 def back_weight(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of W, (rows, columns), for that of W x and x, (tokens, columns); it has none itself."""
-    if narrow_products() and x.is_contiguous() and _possible(grad, x):
+    if _possible(grad, x) and narrow_products():
         return _onednn(grad.t(), x.t())
     return grad.t() @ x
 

@@ -1,5 +1,5 @@
 """Builds, loads and calls kernels.cpp: the CPU's element-wise work in one pass where torch makes several; and
-quantized.cpp and few_rows.cpp, which read frozen weights of few bits (called from product.py).
+quantized.cpp and few_rows.cpp, which read frozen weights of few bits (called from product.py); and token_step.cpp.
 
 The machine's own C++ compiler builds it once (a few seconds) into the cache folder, under a name that tells source,
 flags, compiler and processor apart. Where there is no compiler the torch formulas of fused.py and attention.py do the
@@ -24,7 +24,11 @@ from tunesmith.errors import ConfigError
 from tunesmith.model.build import NO_COMPILER, build, compiler, reason
 
 SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("kernels.cpp", "quantized.cpp", "few_rows.cpp", "bf16.h", "expand.h")
+    Path(__file__).with_name(name)
+    for name in (
+        *("kernels.cpp", "quantized.cpp", "few_rows.cpp", "token_step.cpp"),
+        *("bf16.h", "dots.h", "expand.h", "exponential.h"),
+    )
 )
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp"),

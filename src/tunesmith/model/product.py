@@ -75,16 +75,24 @@ def _forward(x: Tensor, packed: Tensor, storage: Storage) -> Tensor:
     return plain(x, dense(packed, storage, x.dtype))
 
 
+def reading(packed: Tensor, storage: Storage) -> tuple[str, tuple[Tensor, ...], tuple[int, ...]] | None:
+    """How native code multiplies with a storage: the name of the way, its tensors and sizes; None where it cannot."""
+    way = _way(storage)
+    if way is None or storage.shape[1] % 32 or type(storage).product is not Storage.product:
+        return None
+    return way.name, way.read(packed, storage), way.product_sizes(storage)
+
+
 def _few_rows(x: Tensor, packed: Tensor, storage: Storage) -> Tensor | None:
     """The product without a dense matrix, by a native kernel; None where there is none for it."""
-    way = _way(storage)
+    found = reading(packed, storage)
     x = x.contiguous()
-    kernels = None if way is None or storage.shape[1] % 32 or not len(x) else kernels_for(x)
-    if kernels is None or way is None:
+    kernels = None if found is None or not len(x) else kernels_for(x)
+    if kernels is None or found is None:
         return None
+    name, tensors, sizes = found
     y = x.new_empty(len(x), storage.shape[0])
-    sizes = (len(x), *storage.shape, *way.product_sizes(storage))
-    kernels.call(f"product_{way.name}", x.dtype, *way.read(packed, storage), x, y, *sizes)
+    kernels.call(f"product_{name}", x.dtype, *tensors, x, y, len(x), *storage.shape, *sizes)
     return y
 
 
