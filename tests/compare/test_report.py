@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 
 import pytest
 from tests.compare.made import BASE, INPUTS, grid_of, rights, write_cell
-from tests.compare.shown import HOSTILE, TEXT, write_all
+from tests.compare.shown import HOSTILE, TEXT, losses, write_all
 
 from tunesmith.compare.plots import Point, curves, scale, scatter, spread, thinned, tick
 from tunesmith.compare.publish import publish
@@ -116,8 +116,8 @@ def test_hostile_names_and_answers_stay_text(tmp_path, where):
 def test_every_section_is_there(html):
     titles = re.findall(r"<h2>(.*?)</h2>", html)
     assert titles == [
-        "Results", "LoRA: accuracy", "What it costs", "Loss", "Samples", "What was compared", "How",
-        "The search for learning rates", "What was not compared", "Held fixed",
+        "Results", "LoRA: accuracy", "What it costs", "Loss", "Samples", "What was compared", "What was measured",
+        "How", "The search for learning rates", "What was not compared", "Held fixed",
     ]  # fmt: skip
     assert len(re.findall("<figure>", html)) == 4 + 2 * 3  # costs, and two kinds of curves of three methods
 
@@ -129,12 +129,35 @@ def test_the_best_line_and_those_that_are_not_told_apart(made):
     found = [line.p for line in table.lines if line.p is not None]
     # The rows that a line has right are among the best's: of the last two, 4 and 8 are missing, all on one side.
     assert found[-2:] == [pytest.approx(2 * 2 / 2**8), pytest.approx(2 / 2**4)] and max(found[:-1]) < 0.05
-    assert table.tests == ["McNemar"]  # the best has one seed: its rows are paired with those of that seed
+    # the best has one seed: its rows are paired with those of that seed; the others' two are held against the base
+    assert table.tests == ["McNemar", "seeds"]
+
+
+def test_every_line_is_held_against_the_untuned_base(made, tmp_path):
+    folder, table = made
+    base = {name: figure.mean for name, figure in table.untuned[0].figures.items()}
+    for line in table.lines:
+        gain = line.gains["accuracy"]
+        assert gain.mean == pytest.approx(line.figures["accuracy"].mean - base["accuracy"])
+        assert gain.half > 0
+        lower = base["eval_loss"] - line.figures["eval_loss"].mean
+        assert line.gains["eval_loss"].mean == pytest.approx(lower)  # lower is better
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "gain: accuracy" in text and "No better than the untuned base" not in text
+    grid, _ = write_all(tmp_path)
+    for cell in grid.bases.values():
+        outcomes = {"accuracy": rights(0.79), "eval_loss": losses(2.0), "general accuracy": rights(0.55)}
+        write_cell(cell, tmp_path, outcomes, forgetting=("general accuracy",))
+    worse = publish(grid, tmp_path, INPUTS)
+    assert max(line.figures["accuracy"].mean for line in worse.lines) < 0.79
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "No better than the untuned base, as far as these rows tell: A, B, C, D, E, F, G, H, I, J." in text
 
 
 def test_what_was_forgotten_is_against_the_untuned_base(made):
     folder, table = made
-    assert all(table.forgotten(line) == pytest.approx(0.05) for line in table.lines)
+    assert all(table.forgotten(line).mean == pytest.approx(0.05) for line in table.lines)
+    assert all(0.01 < table.forgotten(line).half < 0.1 for line in table.lines)
     row = next(csv.DictReader(io.StringIO((folder / "report.csv").read_text(encoding="utf-8"))))
     assert float(row["lost: general accuracy"]) == pytest.approx(0.05)
 
@@ -147,6 +170,10 @@ def test_markdown_says_what_was_compared_and_what_was_not(made):
     assert "Budget of a cell: 64 examples, 4 GiB." in text
     assert "| LoRA | 0.0003 | eval\\_loss 0.5003 (64 examples, 0.6 s) |" in text
     assert "| rank \\\\ dropout | 0 | 0.1 |" in text
+    assert "A method's other lines use the rate that was found for its first: LoRA\\_rank=1\\_dropout=0," in text
+    assert "LoRA\\_rank=1\\_dropout=0: the lowest rate that was tried was the best" in text
+    assert "| general | accuracy; g; test |" in text or "| general | accuracy; g |" in text
+    assert "forgotten: the mean of what was lost on general accuracy; positive is lost." in text
 
 
 def test_csv_has_every_cell_with_plain_numbers(made):

@@ -10,16 +10,20 @@ import pytest
 
 from tunesmith.compare import statistics
 from tunesmith.compare.statistics import (
+    across_seeds,
     compare,
     holm,
     mcnemar,
     over_both,
+    over_change,
     over_rows,
     over_seeds,
     paired_bootstrap,
     t_quantile,
+    two_sided,
 )
 from tunesmith.compare.table import front, letters
+from tunesmith.evaluate.forgetting import paired_interval
 from tunesmith.evaluate.outcomes import Outcomes
 
 
@@ -80,7 +84,7 @@ def test_the_bootstrap_agrees_with_mcnemar_on_many_rows():
     draw = random.Random(0)
     a = [float(draw.random() < 0.8) for _ in range(2000)]
     b = [x if draw.random() < 0.85 else float(draw.random() < 0.65) for x in a]
-    assert paired_bootstrap([of(a)], [of(b)]) == pytest.approx(mcnemar(a, b), abs=0.02)
+    assert paired_bootstrap(of(a), of(b)) == pytest.approx(mcnemar(a, b), abs=0.02)
 
 
 def test_the_bootstrap_is_calibrated():
@@ -91,10 +95,65 @@ def test_the_bootstrap_is_calibrated():
     try:
         for _ in range(200):
             a, b = draw.normal(size=80), draw.normal(size=80)
-            below += paired_bootstrap([of(a)], [of(b)]) < 0.05
+            below += paired_bootstrap(of(a), of(b)) < 0.05
     finally:
         statistics.DRAWS = statistics_draws
     assert 2 <= below <= 22
+
+
+@pytest.mark.parametrize("df", [1, 2, 3, 4, 7, 30, 31, 500])
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0, 2.5, 6.0])
+def test_the_tails_of_students_t(t, df):
+    assert two_sided(t, df) == two_sided(-t, df) == pytest.approx(2 * (1 - t_area(t, df)), abs=1e-7)
+
+
+def lines(draw, seeds: int, rows: int, spread: float) -> list[Outcomes]:
+    """Right and wrong rows of a method whose seeds differ by `spread`."""
+    return [of(draw.random(rows) < 0.7 + spread * draw.normal()) for _ in range(seeds)]
+
+
+@pytest.mark.parametrize(("seeds", "spread"), [((3, 3), 0.05), ((3, 3), 0.0), ((5, 2), 0.05), ((3, 1), 0.05)])
+def test_the_test_over_seeds_is_calibrated(seeds, spread, monkeypatch):
+    """Two methods alike in all but the seed: below .05 about once in twenty; by the rows alone far more often."""
+    monkeypatch.setattr(statistics, "DRAWS", 300)
+    draw, below, rows_alone = np.random.default_rng(0), 0, 0
+    for _ in range(150):
+        first, second = (lines(draw, n, 300, spread) for n in seeds)
+        below += compare(first, second) == (pytest.approx(0, abs=0.05), "seeds")
+        a, b = (np.mean([one.values for one in side], axis=0) for side in (first, second))
+        rows_alone += paired_bootstrap(of(a), of(b)) < 0.05
+    assert below <= 16
+    assert rows_alone >= 40 or not spread
+
+
+def test_the_test_over_seeds_finds_what_is_there(monkeypatch):
+    monkeypatch.setattr(statistics, "DRAWS", 300)
+    draw = np.random.default_rng(1)
+    better = [of(draw.random(300) < 0.9) for _ in range(3)]
+    assert compare(better, lines(draw, 3, 300, 0.02))[0] < 0.05
+    assert compare(better, better) == (1.0, "seeds")
+    assert compare([of([1] * 9)] * 2, [of([0] * 9)] * 2) == (1 / 300, "seeds")
+
+
+def test_an_untrained_side_has_no_seed():
+    draw = np.random.default_rng(2)
+    first, base = lines(draw, 3, 400, 0.03), of(draw.random(400) < 0.6)
+    assert across_seeds(first, [base], fixed=True) < across_seeds(first, [base])
+
+
+def test_the_interval_of_a_change():
+    before, after = of([1] * 50 + [0] * 50), of([1] * 60 + [0] * 40)
+    one = over_change([after], before)
+    low, high = paired_interval(before.values, after.values)
+    assert one.mean == pytest.approx(0.1) and one.half == pytest.approx((high - low) / 2) and one.over == "100 rows"
+    two = over_change([after, of([1] * 80 + [0] * 20)], before)
+    assert (
+        two.mean == pytest.approx(0.2) and two.half > over_seeds([0.1, 0.3]).half and two.over == "2 seeds and 100 rows"
+    )
+    draw = np.random.default_rng(0)
+    a, b = draw.normal(1, 1, 500), draw.normal(2, 1, 500)
+    loss = over_change([of(b)], of(a))
+    assert loss.half == pytest.approx(1.96 * (b - a).std() / 500**0.5, rel=0.05)
 
 
 def test_a_ratio_of_sums_is_resampled_as_one():
@@ -106,7 +165,7 @@ def test_a_ratio_of_sums_is_resampled_as_one():
 
 def test_the_test_that_fits():
     assert compare([of([1, 0])], [of([1, 1])])[1] == "McNemar"
-    assert compare([of([1, 0])] * 2, [of([1, 1])] * 2)[1] == "bootstrap"
+    assert compare([of([1, 0])] * 2, [of([1, 1])] * 2)[1] == "seeds"
     assert compare([of([1, 0.5])], [of([1, 1])])[1] == "bootstrap"
 
 

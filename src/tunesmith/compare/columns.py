@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.compare.grid import label, short
+from tunesmith.compare.statistics import Interval
 from tunesmith.compare.table import DIFFERENT, Line, Table
 
 Value = float | int | str | None
@@ -44,10 +45,13 @@ def columns(table: Table) -> list[Column]:
     ]
     if any(line.p is not None for line in table.lines):
         found.append(Column("p", _p, _p_text, "that it is as good as the best: paired test, adjusted (Holm)"))
+    if table.main is not None:
+        found.append(_change(f"gain: {table.main}", lambda line: line.gains.get(str(table.main)), 1))
     found += [_lost(name) for name, figure in table.figures.items() if figure.forgetting]
     if len(table.forgetting) > 1:
-        about = f"mean of {', '.join(table.forgetting)}"
-        found.append(_plain("forgotten", table.forgotten, lambda v: f"{v:+.3f}", about))
+        found.append(
+            _change("forgotten", table.forgotten, 1, f"mean of {', '.join(table.forgetting)}; positive is lost")
+        )
     found += [
         _cost("parameters", "parameters", lambda v: f"{v:,.0f}", "trained"),
         _plain("file, MB", _megabytes, lambda v: f"{v:,.2f}", "the adapter's tensors"),
@@ -144,7 +148,24 @@ def _p_text(line: Line) -> str:
 
 
 def _lost(name: str) -> Column:
-    return _plain(f"lost: {name}", lambda line: line.lost(name), lambda v: f"{v:+.4f}", "against the untuned base")
+    about = "against the untuned base, with its 95% interval; positive is worse"
+    return _change(f"lost: {name}", lambda line: line.gains.get(name), -1, about)
+
+
+def _change(title: str, of: Callable[[Line], Interval | None], sign: int, about: str = "") -> Column:
+    """A change with its interval, times `sign`."""
+
+    def value(line: Line) -> Value:
+        found = of(line)
+        return None if found is None else sign * found.mean
+
+    def text(line: Line) -> str:
+        found = of(line)
+        if found is None:
+            return "-"
+        return f"{sign * found.mean:+.4f}" + ("" if found.half is None else f" ± {found.half:.4f}")
+
+    return Column(title, value, text, about or "against the untuned base, with its 95% interval; positive is better")
 
 
 def _plain(title: str, value: Callable[[Line], float | None], text: Callable[[float], str], about: str = "") -> Column:

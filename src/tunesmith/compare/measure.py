@@ -116,7 +116,8 @@ def _on_task(asked: MeasuredSet, subject: Subject) -> tuple[dict[str, Measured],
         one = Outcomes(tuple(map(float, each)), (1.0,) * len(each))
         if name in result.figures and math.isclose(one.ratio, result.figures[name].value, rel_tol=1e-6, abs_tol=1e-9):
             rows[_named(asked, name)] = one
-    return figures, rows, [f"{asked.called}: {note}" for note in result.notes]
+    stated = [", ".join(f"{key} {value}" for key, value in result.stated.items())] if result.stated else []
+    return figures, rows, [f"{asked.called}: {note}" for note in (*stated, *result.notes)]
 
 
 def _samples(subject: Subject, count: int) -> list[dict[str, str]]:

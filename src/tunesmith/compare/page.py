@@ -38,6 +38,7 @@ def page(table: Table) -> str:
         _section("Loss", _curves(table)),
         _section("Samples", _samples(table)),
         _section("What was compared", _rows(("axis", "values"), words.varied(table))),
+        _section("What was measured", _rows(("set", "rows and how they were asked"), words.measured(table))),
         _section("How", _list(words.how(table))),
         _section(
             "The search for learning rates", _rows(("search", "rate", "on validation rows"), words.searched(table))
@@ -126,7 +127,7 @@ def _fronts(table: Table) -> str:
         ("peak memory, GiB", lambda line: line.mean("peak_gib")),
         ("training, s", lambda line: line.mean("seconds")),
         ("trained parameters", lambda line: line.mean("parameters")),
-        ("forgotten", table.forgotten),
+        ("forgotten", lambda line: None if (lost := table.forgotten(line)) is None else lost.mean),
     ]
     sign = 1 if table.figures[main].higher_is_better else -1
     methods = _methods(table)

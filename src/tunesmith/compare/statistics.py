@@ -4,6 +4,8 @@ interval            m +- sqrt(a^2 + b^2)       a: half the t interval over n see
                                                b: half the interval over the rows, Wilson's or the bootstrap's
 McNemar, exact      p = min(1, 2 sum_{k<=min(b,c)} C(b+c, k) / 2^(b+c))         b, c: rows that only one has right
 paired bootstrap    rows are drawn with replacement, the same for both; p = 2 min(P(d* <= 0), P(d* >= 0))
+over seeds          t = d / se,  se^2 = s1^2 / n1 + s2^2 / n2 + r^2,  s: spread of the seeds, r: bootstrap error over
+                    the rows, seeds averaged; degrees of freedom by Welch and Satterthwaite, rounded down
 Holm                the i-th smallest of m p-values times m - i + 1, never less than the one before (Holm 1979)
 """
 
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tunesmith.evaluate.figures import half_interval
+from tunesmith.evaluate.forgetting import paired_interval
 from tunesmith.evaluate.outcomes import Outcomes
 
 DRAWS = 10_000
@@ -51,8 +54,7 @@ def t_quantile(df: int) -> float:
 def over_seeds(values: Sequence[float]) -> Interval:
     """The t interval of a mean over at least two seeds: how much it would differ with others, on the same rows."""
     count, mean = len(values), math.fsum(values) / len(values)
-    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (count - 1))
-    return Interval(mean, t_quantile(count - 1) * spread / math.sqrt(count), f"{count} seeds")
+    return Interval(mean, t_quantile(count - 1) * math.sqrt(_variance(values) / count), f"{count} seeds")
 
 
 def over_both(values: Sequence[float], seeds: Sequence[Outcomes]) -> Interval:
@@ -87,20 +89,72 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
     return min(1.0, 2 * tail / 2**different)
 
 
-def paired_bootstrap(first: Sequence[Outcomes], second: Sequence[Outcomes]) -> float:
-    """The two-sided p-value that two figures differ, from the same rows; several seeds are averaged row by row."""
-    (a, wa), (b, wb) = _averaged(first), _averaged(second)
-    drawn = _ratios(np.stack([a, b]), np.stack([wa, wb]))
+def paired_bootstrap(first: Outcomes, second: Outcomes) -> float:
+    """The two-sided p-value that two figures differ, from the same rows."""
+    both = (first, second)
+    drawn = _ratios(np.asarray([one.values for one in both]), np.asarray([one.weights for one in both]))
     difference = drawn[:, 0] - drawn[:, 1]
     low, high = float((difference <= 0).mean()), float((difference >= 0).mean())
     return min(1.0, max(2 * min(low, high), 1 / DRAWS))  # no p-value is smaller than what the draws can tell
 
 
-def compare(first: Sequence[Outcomes], second: Sequence[Outcomes]) -> tuple[float, str]:
-    """The p-value of the test that fits, and the test's name: McNemar for one seed of right and wrong rows."""
-    if len(first) == len(second) == 1 and first[0].binary and second[0].binary:
+def across_seeds(first: Sequence[Outcomes], second: Sequence[Outcomes], fixed: bool = False) -> float:
+    """The two-sided p-value that two methods differ on other rows with other seeds, from the same rows.
+
+    A single seed's spread is taken to be the other side's. `fixed`: the second is untrained and has no seed.
+    """
+    values = [[one.ratio for one in side] for side in (first, second)]
+    many = [side for side in values if len(side) > 1]
+    share = [1 / len(side) for side in (values[:1] if fixed else values)]
+    whole = len(many) == len(share)
+    parts = [(_variance(side) * (1 / len(side) if whole else sum(share)), len(side) - 1) for side in many]
+    (a, wa), (b, wb) = _averaged(first), _averaged(second)
+    drawn = _ratios(np.stack([a, b]), np.stack([wa, wb]))
+    parts.append((float((drawn[:, 0] - drawn[:, 1]).var()), len(a) - 1))
+    total = math.fsum(variance for variance, _ in parts)
+    means = [math.fsum(side) / len(side) for side in values]
+    if total == 0:
+        return 1.0 if means[0] == means[1] else 1 / DRAWS
+    df = total**2 / math.fsum(variance**2 / max(own, 1) for variance, own in parts)
+    return two_sided((means[0] - means[1]) / math.sqrt(total), max(1, int(df)))
+
+
+def two_sided(t: float, df: int) -> float:
+    """P(|T| >= |t|) for Student's T, by its finite series (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(abs(t) / math.sqrt(df))
+    odd, cosine = df % 2, math.cos(angle)
+    term = cosine if odd else 1.0
+    total = 0.0
+    for k in range(1, (df - odd) // 2 + 1):
+        total += term
+        term *= cosine**2 * (2 * k - 1 + odd) / (2 * k + odd)
+    inside = math.sin(angle) * total
+    return max(0.0, 1 - (2 / math.pi * (angle + inside) if odd else inside))
+
+
+def compare(first: Sequence[Outcomes], second: Sequence[Outcomes], fixed: bool = False) -> tuple[float, str]:
+    """The p-value of the test that fits, and the test's name; `fixed`: see `across_seeds`."""
+    if len(first) > 1 or len(second) > 1:
+        return across_seeds(first, second, fixed), "seeds"
+    if first[0].binary and second[0].binary:
         return mcnemar(first[0].values, second[0].values), "McNemar"
-    return paired_bootstrap(first, second), "bootstrap"
+    return paired_bootstrap(first[0], second[0]), "bootstrap"
+
+
+def over_change(after: Sequence[Outcomes], before: Outcomes) -> Interval:
+    """The interval of after - before on the same rows: over the rows, and over the seeds of `after` if several."""
+    changes = [one.ratio - before.ratio for one in after]
+    if len(after) == 1 and after[0].binary and before.binary:
+        ends = paired_interval(before.values, after[0].values)
+        return Interval(changes[0], None if ends is None else (ends[1] - ends[0]) / 2, f"{len(before.values)} rows")
+    (a, wa), count = _averaged(after), len(before.values)
+    drawn = _ratios(np.stack([a, before.values]), np.stack([wa, before.weights]))
+    low, high = np.quantile(drawn[:, 0] - drawn[:, 1], (0.025, 0.975))
+    rows = Interval(changes[0], float(high - low) / 2, f"{count} rows")
+    if len(after) == 1:
+        return rows
+    trained = over_seeds(changes)
+    return Interval(trained.mean, math.hypot(trained.half or 0.0, rows.half or 0.0), f"{trained.over} and {rows.over}")
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -111,6 +165,11 @@ def holm(values: Sequence[float]) -> list[float]:
         last = max(last, min(1.0, (len(values) - rank) * values[i]))
         adjusted[i] = last
     return adjusted
+
+
+def _variance(values: Sequence[float]) -> float:
+    mean = math.fsum(values) / len(values)
+    return math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
 
 
 def _averaged(seeds: Sequence[Outcomes]) -> tuple[np.ndarray, np.ndarray]:

@@ -15,14 +15,19 @@ from typing import Any
 from tunesmith.compare.grid import Grid
 from tunesmith.compare.read import Costs, Found, Lost, read_cell, strangers
 from tunesmith.compare.record import Measured
-from tunesmith.compare.statistics import Interval, compare, holm, over_both, over_rows, over_seeds
+from tunesmith.compare.statistics import Interval, compare, holm, over_both, over_change, over_rows, over_seeds
+from tunesmith.evaluate.outcomes import Outcomes
 
 DIFFERENT = 0.05  # below it a difference counts
 
 
 @dataclass
 class Line:
-    """A row of the report. `letter` names it in plots; `p` is adjusted (Holm), None for the best and the untested."""
+    """A row of the report. `letter` names it in plots.
+
+    `gains` says how much better each figure is than the untuned base's: negative is lost.
+    `p` is that it is as good as the best line, `p_base` as the untuned base: adjusted (Holm), None where not tested.
+    """
 
     letter: str
     name: str
@@ -33,8 +38,9 @@ class Line:
     base: Found | None = None
     untuned: bool = False
     figures: dict[str, Interval] = field(default_factory=dict)
+    gains: dict[str, Interval] = field(default_factory=dict)
     p: float | None = None
-    test: str = ""
+    p_base: float | None = None
     best: bool = False
 
     @property
@@ -48,14 +54,6 @@ class Line:
         if not values:
             return None
         return max(values) if of == "peak_gib" else math.fsum(values) / len(values)
-
-    def lost(self, name: str) -> float | None:
-        """How much worse a figure is than the base's: positive is forgotten."""
-        if self.base is None or name not in self.figures or name not in self.base.result.figures:
-            return None
-        known = self.base.result.figures[name]
-        change = self.figures[name].mean - known.value
-        return -change if known.higher_is_better else change
 
 
 @dataclass(frozen=True)
@@ -87,10 +85,14 @@ class Table:
         shares = [name for name in firsts.values() if self.figures[name].higher_is_better]
         return shares or list(firsts.values())[:1]
 
-    def forgotten(self, line: Line) -> float | None:
-        """The mean loss of the line on those figures; None where not measured."""
-        found = [lost for name in self.forgetting if (lost := line.lost(name)) is not None]
-        return math.fsum(found) / len(found) if found and len(found) == len(self.forgetting) else None
+    def forgotten(self, line: Line) -> Interval | None:
+        """The mean loss of the line on those figures, each counting alike; None where not measured."""
+        found = [line.gains[name] for name in self.forgetting if name in line.gains]
+        if not found or len(found) != len(self.forgetting):
+            return None
+        halves = [change.half for change in found if change.half is not None]
+        half = math.hypot(*halves) / len(found) if len(halves) == len(found) else None
+        return Interval(-math.fsum(change.mean for change in found) / len(found), half, "")
 
     @property
     def axes(self) -> list[str]:
@@ -124,6 +126,7 @@ def tabulate(grid: Grid, out: Path, inputs: Mapping[str, str]) -> Table:
         for one in line.cells:
             figures |= {name: figure for name, figure in one.result.figures.items() if name not in figures}
         line.figures = {name: interval(line, name) for name in line.cells[0].result.figures}
+        line.gains = {name: change for name in line.figures if (change := _gain(line, name)) is not None}
     searches: dict[str, Sequence[Found | Lost]] = {}
     for name in grid.lines:
         leader = grid.leaders[name]
@@ -152,6 +155,18 @@ def interval(line: Line, name: str) -> Interval:
     return Interval(figure.value, None if ends is None else (ends[1] - ends[0]) / 2, f"{figure.count} rows")
 
 
+def _gain(line: Line, name: str) -> Interval | None:
+    if line.base is None or name not in line.base.result.figures:
+        return None
+    known = line.base.result.figures[name]
+    sign = 1 if known.higher_is_better else -1
+    pairs = pairs_of(line, [line.base], name)
+    if len(pairs) != len(line.cells):
+        return Interval(sign * (line.figures[name].mean - known.value), None, "")
+    change = over_change([one for one, _ in pairs], pairs[0][1])
+    return Interval(sign * change.mean, change.half, change.over)
+
+
 def front(points: Sequence[tuple[float, float]]) -> set[int]:
     """Which of the points (cost, gain) no other one beats: not dearer and not worse, and better in one of both."""
     return {
@@ -162,7 +177,7 @@ def front(points: Sequence[tuple[float, float]]) -> set[int]:
 
 
 def _test(lines: Sequence[Line], figures: Mapping[str, Measured]) -> list[str]:
-    """Mark the best line and test the others against it; returns the names of the tests that were used."""
+    """Mark the best line, and test the others against it and all against their untuned base; names the tests used."""
     main = next((name for name, figure in figures.items() if not figure.forgetting), None)
     measured = [line for line in lines if main in line.figures]
     if main is None or not measured:
@@ -170,23 +185,34 @@ def _test(lines: Sequence[Line], figures: Mapping[str, Measured]) -> list[str]:
     sign = 1 if figures[main].higher_is_better else -1
     best = max(measured, key=lambda line: sign * line.figures[main].mean)
     best.best = True
-    tested = []
+    tests: set[str] = set()
+    against_best, against_base = [], []
     for line in measured:
-        pairs = [] if line is best else _pairs(line, best, main)
+        pairs = [] if line is best else pairs_of(line, best.cells, main)
         if pairs:
-            line.p, line.test = compare([a for a, _ in pairs], [b for _, b in pairs])
-            tested.append(line)
-    for line, value in zip(tested, holm([line.p for line in tested if line.p is not None]), strict=True):
+            line.p, test = compare([a for a, _ in pairs], [b for _, b in pairs])
+            against_best.append(line)
+            tests.add(test)
+        pairs = [] if line.base is None else pairs_of(line, [line.base], main)
+        if pairs:
+            line.p_base, test = compare([a for a, _ in pairs], [pairs[0][1]], fixed=True)
+            against_base.append(line)
+            tests.add(test)
+    for line, value in zip(against_best, holm([line.p for line in against_best if line.p is not None]), strict=True):
         line.p = value
-    return sorted({line.test for line in tested})
+    adjusted = holm([line.p_base for line in against_base if line.p_base is not None])
+    for line, value in zip(against_base, adjusted, strict=True):
+        line.p_base = value
+    return sorted(tests)
 
 
-def _pairs(line: Line, best: Line, name: str) -> list[tuple[Any, Any]]:
-    """The rows of both lines, seed by seed, where both were measured on the same rows."""
-    of_best = {cell.cell.run.train.seed: cell for cell in best.cells}
+def pairs_of(line: Line, others: Sequence[Found], name: str) -> list[tuple[Outcomes, Outcomes]]:
+    """The rows of a line's cells and of others' (seed by seed, or of the untuned one), measured on the same rows."""
+    of_seed = {cell.cell.run.train.seed: cell for cell in others}
+    untuned = others[0] if others[0].costs is None else None
     found = []
     for one in line.cells:
-        other = of_best.get(one.cell.run.train.seed)
+        other = untuned or of_seed.get(one.cell.run.train.seed)
         if other is None or name not in one.outcomes or name not in other.outcomes:
             continue
         same = one.result.figures[name].items == other.result.figures[name].items

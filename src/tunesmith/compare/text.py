@@ -26,6 +26,7 @@ def markdown(table: Table) -> str:
         parts += [f"## {_plain(pivot.title)}: {_plain(main or '')}", _grid([f"{down} \\ {across}", *heads], made)]
     tables: list[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = [
         ("What was compared", ("axis", "values"), words.varied(table)),
+        ("What was measured", ("set", "rows and how they were asked"), words.measured(table)),
         ("The search for learning rates", ("search", "rate", "on validation rows"), words.searched(table)),
         ("What was not compared", ("cell", "", "why"), words.not_compared(table)),
         ("Held fixed", ("setting", "value"), words.held_fixed(table)),

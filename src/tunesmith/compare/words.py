@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from tunesmith.compare.grid import defaults, flat, label, short
 from tunesmith.compare.read import Found, Lost
-from tunesmith.compare.table import DIFFERENT, Table
+from tunesmith.compare.table import DIFFERENT, Line, Table
 from tunesmith.config.grid import Budget
+from tunesmith.evaluate.run import find_metric
 
+ROOM = 1.02  # of a budget: what planning by a few steps cannot know
+TESTS = {
+    "McNemar": "McNemar's exact test on the rows that only one of the two has right",
+    "bootstrap": "a paired bootstrap over the rows, 10,000 draws",
+    "seeds": "Welch's t test, whose error is that over the seeds and that over the rows (bootstrap)",
+}
 NOT_SHOWN = (
     "data.train",
     "output_dir",
@@ -37,19 +44,22 @@ def summary(table: Table) -> list[str]:
         tied = [line.letter for line in table.lines if line.p is not None and line.p >= DIFFERENT]
         if tied:
             lines.append(f"Not told apart from it (p of {DIFFERENT:g} or more): {', '.join(tied)}.")
+        if no_better := [line.letter for line in table.lines if _no_better(line, main)]:
+            lines.append(f"No better than the untuned base, as far as these rows tell: {', '.join(no_better)}.")
     return lines
+
+
+def _no_better(line: Line, main: str) -> bool:
+    gain = line.gains.get(main)
+    return gain is not None and (gain.mean <= 0 or line.p_base is not None and line.p_base >= DIFFERENT)
 
 
 def how(table: Table) -> list[str]:
     """How it was made: the budget, the search, what was measured on which rows, which intervals and tests."""
     spec = table.grid.spec
     lines = [f"Budget of a cell: {budget(spec.budget)}. What each used is in the table."]
-    if search := spec.search:
-        lines.append(
-            f"Learning rates: {search.rates} for each {search.per}, a factor of {search.factor:g} apart, on "
-            f"{search.share:.0%} of the budget in all; chosen by {search.metric} on validation rows, never on the rows "
-            "measured here. The table's costs are those of the cell itself."
-        )
+    if spec.search:
+        lines += _search(table)
     else:
         lines.append("Learning rates: each method's own default, or as the grid says; nothing was searched.")
     for name, figure in table.figures.items():
@@ -62,17 +72,72 @@ def how(table: Table) -> list[str]:
     over = sorted({interval.over for line in table.lines for interval in line.figures.values()})
     if over:
         lines.append(f"± is half of the 95% interval, over {' or '.join(over)}.")
-    tests = {
-        "McNemar": "McNemar's exact test on the rows that only one of the two has right",
-        "bootstrap": "a paired bootstrap over the rows, 10,000 draws, seeds averaged row by row",
-    }
     if table.tests:
-        lines.append(f"p: {'; '.join(tests[name] for name in table.tests)}; adjusted for all lines by Holm's method.")
+        tests = "; ".join(TESTS[name] for name in table.tests)
+        lines.append(f"p, against the best line and against the untuned base: {tests}; adjusted by Holm's method.")
+    elif len(table.lines) > 1:
+        lines.append(f"Nothing was tested: {table.main} is not kept row by row, or was measured on different rows.")
+    if table.forgetting:
+        lines.append(f"forgotten: the mean of what was lost on {', '.join(table.forgetting)}; positive is lost.")
+    lines += _over_budget(table)
     shared = [cell for line in table.lines for cell in line.cells if not cell.result.used.get("own_process", True)]
     if shared:
         lines.append("Cells shared a process: a cell's peak memory includes what those before it have left.")
     notes = dict.fromkeys(note for line in table.lines for cell in line.cells for note in cell.result.notes)
     return [*lines, *notes]
+
+
+def _search(table: Table) -> list[str]:
+    """How rates were searched, on which lines, and where the best was an end of what was tried."""
+    search = table.grid.spec.search
+    if search is None:
+        return []
+    lines = [
+        f"Learning rates: {search.rates} for each {search.per}, a factor of {search.factor:g} apart, on "
+        f"{search.share:.0%} of the budget in all; chosen by {search.metric} on validation rows, never on the rows "
+        "measured here. The table's costs are those of the cell itself."
+    ]
+    if search.per == "method" and len(table.searches) < len(table.lines):
+        tried = ", ".join(table.searches)
+        lines.append(f"A method's other lines use the rate that was found for its first: {tried}.")
+    for name, trials in table.searches.items():
+        found = [one for one in trials if isinstance(one, Found) and search.metric in one.result.valid]
+        rates = sorted(float(trial.cell.run.train.learning_rate or 0) for trial in trials)
+        if len(found) < 2:
+            continue
+        sign = 1 if find_metric(search.metric).higher_is_better else -1
+        best = max(found, key=lambda one: sign * one.result.valid[search.metric]).cell.run.train.learning_rate
+        if best in (rates[0], rates[-1]):
+            end = "lowest" if best == rates[0] else "highest"
+            lines.append(f"{name}: the {end} rate that was tried was the best, so a better one may lie beyond it.")
+    return lines
+
+
+def _over_budget(table: Table) -> list[str]:
+    """Cells that took more than the budget's seconds or memory, which are planned from a few steps."""
+    given, lines = table.grid.spec.budget, []
+    for line in table.lines:
+        for cell in line.cells:
+            costs = cell.costs
+            if costs is None:
+                continue
+            for limit, took, unit in ((given.seconds, costs.seconds, "s"), (given.memory, costs.peak_gib, "GiB")):
+                if limit is not None and took > ROOM * limit:
+                    lines.append(f"{line.letter} took {took:.4g} {unit}, over its budget of {limit:g} {unit}.")
+    return lines
+
+
+def measured(table: Table) -> list[tuple[str, str]]:
+    """Each set that was measured: where its rows are, which of them, and how they were asked."""
+    asked = table.grid.spec.measure
+    rows = []
+    for one in (*asked.sets, *asked.forgetting):
+        said = [one.task or ", ".join(one.metrics), one.data or f"the run's own data, {one.split}"]
+        said += [f"the first {one.rows}"] if one.rows is not None else []
+        said += [f"template {one.template}"] if one.template else []
+        said += [f"{key} {label(value)}" for key, value in one.settings.items()]
+        rows.append((one.called or "own rows", "; ".join(said)))
+    return rows
 
 
 def not_compared(table: Table) -> list[tuple[str, str, str]]:
