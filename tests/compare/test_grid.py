@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 
 import pytest
 from tests.compare.made import BASE, grid_of
 
 from tunesmith.adapters import find_method
-from tunesmith.compare.grid import data_hashes, speed_of
+from tunesmith.compare.grid import speed_of
+from tunesmith.compare.inputs import data_hashes, input_hashes
 from tunesmith.config.grid import Budget
 from tunesmith.errors import ConfigError
 
@@ -130,7 +132,34 @@ def test_changed_data_change_the_key(tmp_path):
     assert data_hashes([str(data)], lambda name: name) != first
     folder = data_hashes([str(tmp_path)], lambda name: name)
     (tmp_path / "test.jsonl").write_text("{}", encoding="utf-8")
-    assert data_hashes([str(tmp_path)], lambda name: name) != folder
+    more = data_hashes([str(tmp_path)], lambda name: name)
+    assert more != folder
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "law.csv").write_text("a", encoding="utf-8")  # as MMLU has its subjects
+    deeper = data_hashes([str(tmp_path)], lambda name: name)
+    (tmp_path / "test" / "law.csv").write_text("b", encoding="utf-8")
+    assert len({str(found) for found in (more, deeper, data_hashes([str(tmp_path)], lambda name: name))}) == 3
+
+
+def test_every_file_that_settings_name_makes_other_cells(tmp_path, tiny_base):
+    """A local base's weights, a method's own file, a template, the rows that examples are taken from."""
+    data, shots, template, method = (tmp_path / name for name in ("d.jsonl", "shots.jsonl", "t.jinja", "m.py"))
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    for path in (data, shots, template, method):
+        path.write_text("{}", encoding="utf-8")
+    measure = f"measure: {{tasks: [{{task: arc_easy, data: {data}, settings: {{shots: 1, shots_from: {shots}}}}}]}}\n"
+    grid = grid_of(tmp_path, f"base: {{model: {base}, data: {data}}}\nbudget: {{examples: 8}}\ntemplates: [{template}]\n{measure}")
+    seen = [input_hashes(grid, [method])]
+    assert input_hashes(grid, [method]) == seen[0]
+    for path in (data, shots, template, method):
+        path.write_text("{} ", encoding="utf-8")
+        seen.append(input_hashes(grid, [method]))
+    weights = base / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    seen.append(input_hashes(grid, [method]))
+    assert len({str(found) for found in seen}) == 6
 
 
 def test_seeds_come_one_after_the_other_and_the_base_first(tmp_path):

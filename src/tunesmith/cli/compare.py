@@ -66,12 +66,12 @@ def compare(
 
 def _carry_out(grid: Grid, target: Path, methods: tuple[str, ...], way: Any, again: bool) -> Table:
     """Run what is left of the grid (nothing without a `way`) and write the report."""
+    from tunesmith.adapters.outside import opened_files
     from tunesmith.compare.conduct import Conductor, alone
-    from tunesmith.compare.grid import data_hashes
+    from tunesmith.compare.inputs import input_hashes
     from tunesmith.compare.publish import publish
-    from tunesmith.data.catalog import resolve_data
 
-    inputs = data_hashes(grid.paths(), resolve_data)
+    inputs = input_hashes(grid, opened_files())
     report = partial(publish, grid, target, inputs)
     with alone(target):
         if way is not None:

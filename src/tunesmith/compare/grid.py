@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.adapters import find_method
@@ -26,7 +25,6 @@ from tunesmith.config.sections import LOSS_METRICS
 from tunesmith.errors import ConfigError
 from tunesmith.evaluate.run import find_metric
 from tunesmith.evaluate.suite import find_task
-from tunesmith.files import sha256_file
 
 FORMAT = 1  # of what a cell's folder holds
 SPEED_STEPS = 6
@@ -98,6 +96,14 @@ class Grid:
         sets = (*self.spec.measure.sets, *self.spec.measure.forgetting)
         return sorted({name for name in (*named, *(one.data for one in sets)) if name is not None})
 
+    def files(self) -> list[str]:
+        """The names of other files that results depend on: templates, and rows that examples are taken from."""
+        sets = (*self.spec.measure.sets, *self.spec.measure.forgetting)
+        templates = [*(cell.run.data.template for cell in self.cells), *(one.template for one in sets)]
+        shots = [one.settings.get("shots_from") for one in sets]
+        named = [*(str(name) for name in templates if name and name.endswith(".jinja")), *map(str, filter(None, shots))]
+        return sorted(set(named))
+
 
 def expand(spec: GridSpec, opened: Mapping[str, str] | None = None) -> Grid:
     """Every cell of a grid.
@@ -139,17 +145,6 @@ def speed_of(cell: Cell) -> Cell:
     budget = None if cell.budget is None or cell.budget.memory is None else Budget(memory=cell.budget.memory)
     slug = f"speed_{cell.line}"[:MOST_SLUG]
     return replace(cell, role="speed", slug=slug, run=run, budget=budget, rates=(), identity=_identity(run, budget))
-
-
-def data_hashes(paths: Sequence[str], resolve: Any) -> dict[str, str]:
-    """SHA-256 of what `resolve` finds at each name, so that changed data makes other cells."""
-    found = {}
-    for name in paths:
-        path = Path(resolve(name))
-        files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-        listed = [(file.name, sha256_file(file)) for file in files]
-        found[name] = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-    return found
 
 
 def label(value: Any) -> str:
