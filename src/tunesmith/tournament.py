@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,10 @@ def hold(
         questions = _questions(judging)
         replies |= _answers(judging, questions, out, note)
         if judging.judge is not None:
-            files["votes"] += _judge(judging, questions, replies, out, reference, note)
+            judged = _judge(judging, questions, replies, out, reference, note)
+            # Where OUT is among the paths too, its judgments have been read from there: all of them.
+            others = [one for one in files["votes"] if Path(one.where).resolve() != Path(judged.where).resolve()]
+            files["votes"] = [*others, judged]
     judgments, left_out = read_judgments(files["ratings"], files["votes"], replies)
     for line in left_out:
         note(line)
@@ -148,8 +151,8 @@ def _judge(
     out: Path,
     reference: str | None,
     note: Callable[[str], None],
-) -> list[Found]:
-    """Make the judgments that OUT/judgments.jsonl lacks, and give the file."""
+) -> Found:
+    """Make the judgments that OUT/judgments.jsonl lacks, and give the file with those of the present games alone."""
     games = games_to_judge(
         questions,
         replies,
@@ -161,7 +164,14 @@ def _judge(
     path = out / "judgments.jsonl"
     done = judge_games(games, _judge_of(judging), path, _progress(note))
     note(f"{path}: {done.there:,} judgments were there, {done.judged:,} were made, {done.unparsed:,} of them unparsed")
-    return [found for _, found in collect(path)]
+    ((_, found),) = collect(path)
+    rows = [(line, row) for line, row in found.rows if str(row["asked"]) in done.marks]
+    if len(rows) < len(found.rows):
+        note(
+            f"{path}: left out {len(found.rows) - len(rows):,} judgments of other games: their answers, question or "
+            "judge have changed, or they are not asked for now"
+        )
+    return replace(found, rows=rows)
 
 
 def _judge_of(judging: Judging) -> Judge:

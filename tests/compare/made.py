@@ -47,8 +47,12 @@ def write_cell(
     lower: tuple[str, ...] = ("eval_loss",),
     valid: dict[str, float] | None = None,
     used: dict[str, Any] | None = None,
+    whole: dict[str, float] | None = None,
 ) -> Path:
-    """The folder of a finished cell: `steps` steps of 80 tokens at `speed` tokens a second."""
+    """The folder of a finished cell: `steps` steps of 80 tokens at `speed` tokens a second.
+
+    `whole`: figures that have no rows, lower being better.
+    """
     folder = folder_of(cell, out, INPUTS)
     folder.mkdir(parents=True, exist_ok=True)
     if cell.role != "base":
@@ -72,6 +76,7 @@ def write_cell(
         )
         for name, one in outcomes.items()
     }
+    figures |= {name: Measured(value, 1, False) for name, value in (whole or {}).items()}
     known = {"examples": 8 * steps, "rate": 1e-3, "parameters": parameters, "file_bytes": 4 * parameters}
     facts = {**known, "seconds": 12.5, "own_process": True, "step_seconds": 80 / speed, **(used or {})}
     key = cell.key(INPUTS)

@@ -148,7 +148,9 @@ def test_every_file_that_settings_name_makes_other_cells(tmp_path, tiny_base):
     for path in (data, shots, template, method):
         path.write_text("{}", encoding="utf-8")
     measure = f"measure: {{tasks: [{{task: arc_easy, data: {data}, settings: {{shots: 1, shots_from: {shots}}}}}]}}\n"
-    grid = grid_of(tmp_path, f"base: {{model: {base}, data: {data}}}\nbudget: {{examples: 8}}\ntemplates: [{template}]\n{measure}")
+    grid = grid_of(
+        tmp_path, f"base: {{model: {base}, data: {data}}}\nbudget: {{examples: 8}}\ntemplates: [{template}]\n{measure}"
+    )
     seen = [input_hashes(grid, [method])]
     assert input_hashes(grid, [method]) == seen[0]
     for path in (data, shots, template, method):

@@ -16,6 +16,7 @@ from tests.compare.shown import HOSTILE, TEXT, losses, write_all
 
 from tunesmith.compare.plots import Point, curves, scale, scatter, spread, thinned, tick
 from tunesmith.compare.publish import publish
+from tunesmith.compare.read import folder_of
 from tunesmith.compare.style import POLICY
 
 VOID = {"meta", "br", "img", "input", "hr", "link", "circle", "path", "polyline"}
@@ -152,6 +153,25 @@ def test_every_line_is_held_against_the_untuned_base(made, tmp_path):
     assert max(line.figures["accuracy"].mean for line in worse.lines) < 0.79
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "No better than the untuned base, as far as these rows tell: A, B, C, D, E, F, G, H, I, J." in text
+
+
+def test_lines_that_were_measured_on_other_rows_are_named(made, tmp_path):
+    """As a single file's are, out of which each size or seed holds other rows."""
+    assert "Measured on other rows" not in (made[0] / "report.md").read_text(encoding="utf-8")
+    grid, _ = write_all(tmp_path)
+    cell = next(one for one in grid.cells if one.method == "prompt tuning")
+    path = folder_of(cell, tmp_path, INPUTS) / "result.json"
+    found = json.loads(path.read_text())
+    found["figures"]["accuracy"]["items"] = "others"
+    del found["sha256"]
+    path.write_text(json.dumps(found))
+    table = publish(grid, tmp_path, INPUTS)
+    line = next(one for one in table.lines if one.name == cell.line)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert (
+        f"Measured on other rows than the best, wholly or in part, so not to be compared with it: {line.letter}."
+        in text
+    )
 
 
 def test_what_was_forgotten_is_against_the_untuned_base(made):

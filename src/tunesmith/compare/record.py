@@ -1,12 +1,13 @@
 """What a cell's folder holds beside the run: written once it is over, read to make the report.
 
-CELL/result.json      figures, samples, and the SHA-256 of every file that the report reads; written last
+CELL/result.json      figures, samples, the SHA-256 of every file that the report reads, and its own; written last
 CELL/outcomes.json    each figure row by row: {"accuracy": {"values": [...], "weights": [...]}}
 CELL/failed.json      why there is no result: diverged, out of memory, refused, killed, error
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from tunesmith.files import atomic_write_json, sha256_file
 FORMAT = 1
 RESULT, OUTCOMES, FAILED = "result.json", "outcomes.json", "failed.json"
 SEALED = ("config.yaml", "metrics.jsonl", "before.json", "verify.json", OUTCOMES)
+SEAL = "sha256"  # the key of result.json that holds the hash of all its others
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,12 @@ class Failure:
 
 
 def write_result(folder: Path, result: Result, outcomes: Mapping[str, Outcomes]) -> None:
-    """Write outcomes, then the result with the hashes of everything that is read with it. Raises DiskError."""
+    """Write outcomes, then the result with the hashes of itself and of all that is read with it. Raises DiskError."""
     atomic_write_json(folder / OUTCOMES, {name: asdict(one) for name, one in outcomes.items()})
     files = {name: sha256_file(folder / name) for name in SEALED if (folder / name).is_file()}
     (folder / FAILED).unlink(missing_ok=True)
-    atomic_write_json(folder / RESULT, {"format": FORMAT, "files": files, **asdict(result)})
+    body = {"format": FORMAT, "files": files, **asdict(result)}
+    atomic_write_json(folder / RESULT, {**body, SEAL: _seal_of(body)})
 
 
 def write_failure(folder: Path, key: str, failure: Failure) -> None:
@@ -105,6 +108,7 @@ def read_outcomes(folder: Path) -> dict[str, Outcomes]:
 def _result(folder: Path, key: str) -> Result:
     found = read_object(folder / RESULT)
     _check_key(found, key, RESULT)
+    _check_seal(found)
 
     def parse() -> tuple[Result, dict[str, str]]:
         figures = {str(name): _measured(one) for name, one in found["figures"].items()}
@@ -125,6 +129,11 @@ def _result(folder: Path, key: str) -> Result:
     return result
 
 
+def _seal_of(body: Mapping[str, Any]) -> str:
+    """SHA-256 of the body, however its file is spaced and its keys are ordered."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
 def _measured(one: Mapping[str, Any]) -> Measured:
     ends = one["interval"]
     value, interval = float(one["value"]), None if ends is None else (float(ends[0]), float(ends[1]))
@@ -141,6 +150,14 @@ def _check_key(found: Mapping[str, Any], key: str, name: str) -> None:
         raise DamagedRun(f"{name}: belongs to other settings or data")
 
 
+def _check_seal(found: Mapping[str, Any]) -> None:
+    if SEAL not in found:  # written by an earlier version
+        return
+    body = {name: value for name, value in found.items() if name != SEAL}
+    if found[SEAL] != _of(lambda: _seal_of(body), RESULT):
+        raise DamagedRun(f"{RESULT}: its SHA-256 differs from what was written")
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object of a file. Raises DamagedRun."""
     try:
@@ -155,5 +172,5 @@ def read_object(path: Path) -> dict[str, Any]:
 def _of(parse: Any, name: str) -> Any:
     try:
         return parse()
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError):
         raise DamagedRun(f"{name}: keys are missing, or values are of the wrong type") from None

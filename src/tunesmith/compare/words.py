@@ -44,9 +44,20 @@ def summary(table: Table) -> list[str]:
         tied = [line.letter for line in table.lines if line.p is not None and line.p >= DIFFERENT]
         if tied:
             lines.append(f"Not told apart from it (p of {DIFFERENT:g} or more): {', '.join(tied)}.")
+        items = {cell.result.figures[main].items for cell in best.cells if main in cell.result.figures}
+        if others := [line.letter for line in table.lines if not _on_rows(line, main, items)]:
+            lines.append(
+                f"Measured on other rows than the best, wholly or in part, so not to be compared with it: "
+                f"{', '.join(others)}. Give held-out rows of their own (a folder with test rows, or measure.data)."
+            )
         if no_better := [line.letter for line in table.lines if _no_better(line, main)]:
             lines.append(f"No better than the untuned base, as far as these rows tell: {', '.join(no_better)}.")
     return lines
+
+
+def _on_rows(line: Line, main: str, items: set[str]) -> bool:
+    """Was every cell of the line measured on one of these sets of rows?"""
+    return all(cell.result.figures[main].items in items for cell in line.cells if main in cell.result.figures)
 
 
 def _no_better(line: Line, main: str) -> bool:

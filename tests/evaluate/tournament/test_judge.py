@@ -174,7 +174,7 @@ class Server(BaseHTTPRequestHandler):
             self.seen.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
             status, headers, answer = self.plan.pop(0) if self.plan else (200, {}, None)
         if answer is None:
-            answer = {"choices": [{"message": {"role": "assistant", "content": "Verdict: 1"}}]}
+            answer = {"choices": [{"message": {"role": "assistant", "content": "Scores: 8 3\nVerdict: 1"}}]}
         data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(data))}.items():
@@ -326,6 +326,43 @@ def test_a_whole_tournament(server, command, tiny_base, tmp_path, monkeypatch) -
     assert "ours: its answers are there" in err and "6 judgments were there, 0 were made" in err
     code, again, _ = command("tournament", out / "judgments.jsonl", "--orderings", 20)
     assert code == 0 and again == printed  # the file of judgments is a file of votes
+
+
+CHANGES = {  # (what the systems answer, words that are added, judgments of before that are left out)
+    "nothing": ({"a": "x", "b": "y", "c": "z"}, (), 0),
+    "an answer": ({"a": "x", "b": "another", "c": "z"}, (), 8),
+    "the judge": ({"a": "x", "b": "y", "c": "z"}, ("--judge", "judge-2"), 12),
+    "a system is gone": ({"a": "x", "b": "y"}, (), 8),
+    "the kind": ({"a": "x", "b": "y", "c": "z"}, ("--kind", "scores", "--reference", "a"), 12),
+    "one order": ({"a": "x", "b": "y", "c": "z"}, ("--one-order",), 6),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_only_judgments_of_the_games_of_now_count(server, command, tmp_path, change) -> None:
+    """Whatever was judged before, the report is that of an empty folder; what is left out counts again later."""
+    asked = write_rows(tmp_path / "q.jsonl", [{"question_id": i, "text": f"{i}?"} for i in (1, 2)])
+    cup = tmp_path / "cup"
+
+    def held(says: dict[str, str], words: tuple[str, ...], out: Path, *more: Path) -> tuple[str, str]:
+        for old in (tmp_path / "answers").glob("*"):
+            old.unlink()
+        rows = {name: [{"question_id": i, "answer": text} for i in (1, 2)] for name, text in says.items()}
+        code, printed, err = command(
+            "tournament", write_folder(tmp_path / "answers", rows), *more, "--questions", asked, "--judge", "judge-1",
+            "--base-url", server, "--orderings", 20, "--resamples", 20, "--out", out, *words,
+        )  # fmt: skip
+        assert code == 0, err
+        return printed, err
+
+    before, (says, words, left_out) = CHANGES["nothing"][:2], CHANGES[change]
+    first, _ = held(*before, cup)
+    printed, err = held(says, words, cup)
+    assert (f"left out {left_out} judgments of other games" in err) == (left_out > 0)
+    assert held(says, words, tmp_path / "empty")[0] == printed
+    assert held(says, words, cup, cup / "judgments.jsonl")[0] == printed
+    requests = len(Server.seen)
+    assert held(*before, cup)[0] == first and len(Server.seen) == requests
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
     games = question x turn x two systems x both orders  ->  ask  ->  a line each
 
 A line is a row of votes (see judgments.py) with "kind", the judge's "text" and "asked": a hash of the messages. A game
-whose line is there is not asked again; one whose question or answers have changed since is another game.
+whose line is there is not asked again; one whose question or answers have changed since is another game. Lines of games
+that are not played now stay in the file, since they may be played again, and are not counted.
 """
 
 from __future__ import annotations
@@ -53,12 +54,16 @@ class Game:
 
 @dataclass(frozen=True)
 class Judged:
-    """How many games there are, were there already, were judged now, and could not be read among the last."""
+    """How many games there are, were there already, were judged now, and could not be read among the last.
+
+    `marks`: the games' own, as their lines have them under "asked".
+    """
 
     games: int
     there: int
     judged: int
     unparsed: int
+    marks: frozenset[str]
 
 
 def games_to_judge(
@@ -127,7 +132,7 @@ def _judge(games: Sequence[Game], judge: Judge, path: Path, progress: Callable[[
         unparsed += verdict == Verdict()
         append_line(path, json.dumps(_line(game, verdict, judge.name, text, mark), ensure_ascii=False))
         progress(done, len(todo))
-    return Judged(len(marks), len(marks) - len(todo), len(todo), unparsed)
+    return Judged(len(marks), len(marks) - len(todo), len(todo), unparsed, frozenset(marks))
 
 
 def _mark(game: Game, judge: str) -> str:
