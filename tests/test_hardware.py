@@ -44,13 +44,15 @@ def test_where_the_default_library_uses_half_of_the_vectors(vendor, features, ex
     lines = {"vendor_id": vendor, "flags": " ".join(features)}
     monkeypatch.setattr(hardware, "_cpu_line", lambda *names: next((lines[n] for n in names if n in lines), None))
     monkeypatch.setattr(hardware.platform, "processor", lambda: "arm")
-    for found in (hardware.cpu_features, hardware.narrow_products):
+    for found in (hardware.cpu_features, hardware.narrow_products, hardware.emulates_bfloat16):
         found.cache_clear()
     try:
         assert hardware.narrow_products() is expected
+        emulated = expected or features == {"avx2"} or vendor == "GenuineIntel"
+        assert hardware.emulates_bfloat16() is emulated
         assert hardware.describe()["cpu"]["float32_products"] == ("oneDNN" if expected else "torch's default library")
     finally:
-        for found in (hardware.cpu_features, hardware.narrow_products):
+        for found in (hardware.cpu_features, hardware.narrow_products, hardware.emulates_bfloat16):
             found.cache_clear()
 
 

@@ -12,8 +12,18 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tunesmith.adapters import attach
-from tunesmith.model import matmul
-from tunesmith.model.matmul import SHORT, TALL, back, back_weight, linear, plain
+from tunesmith.model import matmul, native
+from tunesmith.model.matmul import (
+    SHORT,
+    TALL,
+    VECTORS,
+    add_product,
+    back,
+    back_weight,
+    batched,
+    linear,
+    plain,
+)
 from tunesmith.model.quantize import quantize
 from tunesmith.quant.storage import Spec
 from tunesmith.train.loss import pack_loss
@@ -25,6 +35,14 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether every product is oneDNN's."""
     monkeypatch.setattr(matmul, "narrow_products", lambda: request.param)
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["native", "emulated"])
+def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the processor only emulates bfloat16; slices are small."""
+    monkeypatch.setattr(matmul, "emulates_bfloat16", lambda: request.param)
+    monkeypatch.setattr(matmul, "SLICE", 600)
     return request.param
 
 
@@ -41,6 +59,20 @@ class Libraries(TorchDispatchMode):
             self.found["onednn"] += 1
         elif name in ("aten::mm", "aten::addmm"):
             self.found["default"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Narrow(TorchDispatchMode):
+    """Names of the products of matrices that are computed in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if name in ("aten::mm", "aten::addmm", "aten::bmm") and args[-1].dtype == torch.bfloat16:
+            self.found.add(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -92,6 +124,57 @@ def test_gradients_are_those_of_autograd(asked: str, strides: str, narrow: bool)
         assert (ours is None) == (autograd is None)
         if ours is not None:
             torch.testing.assert_close(ours, autograd)
+
+
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 40).bfloat16()], ids=["plain", "bias"])
+@pytest.mark.parametrize("tokens", [1, VECTORS, VECTORS + 1, 70])
+def test_in_bfloat16_a_product_is_rounded_once(tokens: int, bias: torch.Tensor | None, emulated: bool) -> None:
+    draw = torch.Generator().manual_seed(1)
+    x, weight, value = (torch.randn(n, 48, generator=draw).bfloat16() for n in (tokens, 40, tokens))
+    grad, added = torch.randn(tokens, 40, generator=draw).bfloat16(), torch.randn(tokens, 40, generator=draw).bfloat16()
+    exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    ulp = {"rtol": 2**-8, "atol": 1e-2}
+    torch.testing.assert_close(linear(x, weight, bias).double(), exact, **ulp)
+    torch.testing.assert_close(back(grad, weight).double(), grad.double() @ weight.double(), **ulp)
+    torch.testing.assert_close(back_weight(grad, x).double(), grad.double().t() @ x.double(), rtol=2**-8, atol=0.05)
+    scaled = added.double() + 0.5 * (x.double() @ weight.double().t())
+    torch.testing.assert_close(add_product(added, x, weight, 0.5).double(), scaled, rtol=2**-7, atol=0.05)
+    stack, other = torch.randn(3, 5, 7, generator=draw).bfloat16(), torch.randn(3, 7, 2, generator=draw).bfloat16()
+    torch.testing.assert_close(batched(stack, other).double(), stack.double() @ other.double(), **ulp)
+    assert {t.dtype for t in (linear(x, weight), back(grad, weight), back_weight(grad, x), value)} == {torch.bfloat16}
+
+
+def test_no_product_in_bfloat16_is_left_where_it_is_emulated(emulated: bool) -> None:
+    """A step with LoRA on every linear, with dropout, attention and head: its products and those of its backward."""
+    if native.built()[0] is None:
+        pytest.skip("NOT TESTED: no C++ compiler here")
+    model = build(TINY, torch.bfloat16)
+    adapter = attach(model, {"kind": "lora", "rank": 4, "dropout": 0.1, "target_modules": "all-linear"})
+    disturb(adapter)
+    model.train()
+    (pack,) = packs_of(model, examples(), share=False)
+    ctx = model.context(pack.layout)
+    with Narrow() as narrow:
+        pack_loss(model, pack, ctx, model.run(pack.tokens, ctx)).backward()
+    assert bool(narrow.found) != emulated
+
+
+@pytest.mark.parametrize("spec", [{"kind": "lora", "rank": 4}, {"kind": "lora", "rank": 4, "dropout": 0.2}], ids=str)
+def test_a_step_in_bfloat16_has_the_same_gradients(spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for emulated, dtype in ((True, torch.bfloat16), (False, torch.bfloat16), (False, torch.float64)):
+        monkeypatch.setattr(matmul, "emulates_bfloat16", lambda emulated=emulated: emulated)
+        model = build(TINY, torch.bfloat16).to(dtype)
+        adapter = attach(model, spec)
+        disturb(adapter)
+        model.train()
+        (pack,) = packs_of(model, examples(), share=False)
+        ctx = model.context(pack.layout)
+        torch.manual_seed(5)
+        pack_loss(model, pack, ctx, model.run(pack.tokens, ctx)).backward()
+        found.append(torch.cat([p.grad.flatten().double() for p in adapter.trainable.values()]))
+    ours, torchs, exact = found
+    assert (ours - exact).norm() <= 1.2 * (torchs - exact).norm() + 1e-6
 
 
 @needs_onednn

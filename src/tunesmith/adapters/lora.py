@@ -31,6 +31,7 @@ from tunesmith.errors import AdapterError
 from tunesmith.model.dropout import draw_seed, dropped_product
 from tunesmith.model.linear import Linear
 from tunesmith.model.llama import Llama
+from tunesmith.model.matmul import add_product, linear
 from tunesmith.model.seam import Context
 
 
@@ -89,7 +90,7 @@ class LoRADelta(Delta):
         seed = draw_seed() if self.dropout and self.training else None
         inner = self._inner(given, self.A, seed)
         if self.A0 is None or self.B0 is None:
-            return torch.addmm(value, inner, self.B.to(inner.dtype).T, alpha=self.scale)
+            return add_product(value, inner, self.B.to(inner.dtype), self.scale)
         start = functional.linear(self._inner(given, self.A0, seed), self.B0.to(inner.dtype))
         # the same products twice: exactly 0 at the start
         change = functional.linear(inner, self.B.to(inner.dtype)) - start
@@ -97,7 +98,7 @@ class LoRADelta(Delta):
 
     def _inner(self, x: Tensor, A: Tensor, seed: Tensor | None) -> Tensor:
         A = A.to(x.dtype)
-        return functional.linear(x, A) if seed is None else dropped_product(x, A, self.dropout, seed)
+        return linear(x, A) if seed is None else dropped_product(x, A, self.dropout, seed)
 
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
         """See `Delta`; not of what is built upon LoRA and computes something else."""

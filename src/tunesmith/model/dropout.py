@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from tunesmith.model.matmul import back, back_weight, plain
 
 LEVELS = 1 << 16  # of a 16-bit number
 WORD = 4  # such numbers in a random number of 64 bits
@@ -52,13 +53,13 @@ class _DroppedProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, dropout: float, seed: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, seed)
         ctx.dropout = dropout
-        return functional.linear(x * keep_mask(x, dropout, seed), weight).div_(kept_share(dropout))
+        return plain(x * keep_mask(x, dropout, seed), weight).div_(kept_share(dropout))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, seed = ctx.saved_tensors
         grad = grads[0] / kept_share(ctx.dropout)
         keep = keep_mask(x, ctx.dropout, seed)
-        of_x = (grad @ weight).mul_(keep) if ctx.needs_input_grad[0] else None
-        of_weight = grad.T @ (x * keep) if ctx.needs_input_grad[1] else None
+        of_x = back(grad, weight).mul_(keep) if ctx.needs_input_grad[0] else None
+        of_weight = back_weight(grad, x * keep) if ctx.needs_input_grad[1] else None
         return of_x, of_weight, None, None

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tunesmith.errors import ModelError
+from tunesmith.model.matmul import batched
 from tunesmith.model.native import Kernels, kernels_for
 
 KEPT_KEYS = 512  # tiles of at most so many keys may keep their probabilities for the backward
@@ -38,7 +39,7 @@ class NativeAttention(torch.autograd.Function):
             sums = q.new_full((*q.shape[:2], 1), -math.inf, dtype=torch.float32) if merged else None
             for queries, keys, visible in batches(part):
                 p = _probabilities(kernels, q, k, queries, keys, visible, sums)
-                kernels.unstack(torch.bmm(p, kernels.stack(v, keys, kv_heads)), queries, out, kv_heads)
+                kernels.unstack(batched(p, kernels.stack(v, keys, kv_heads)), queries, out, kv_heads)
                 kept.append(p if keep and keys.shape[1] <= KEPT_KEYS else q.new_empty(0))
             found.append((out, sums))
         out, weights = _merged(found)
@@ -102,13 +103,13 @@ def _backward(
     for (queries, keys, visible), saved in zip(batches(tiles), kept, strict=True):
         p = saved if len(saved) else _probabilities(kernels, q, k, queries, keys, visible, None)
         gs = kernels.stack(grad, queries, kv_heads)
-        kernels.gather_add(torch.bmm(p.transpose(1, 2), gs), keys, dv)
-        dp = torch.bmm(gs, kernels.stack(v, keys, kv_heads).transpose(1, 2))
+        kernels.gather_add(batched(p.transpose(1, 2), gs), keys, dv)
+        dp = batched(gs, kernels.stack(v, keys, kv_heads).transpose(1, 2))
         ds = kernels.softmax_backward(
             p, dp, visible, None if inner is None else kernels.stack(inner, queries, kv_heads)
         )
-        kernels.unstack(torch.bmm(ds, kernels.stack(k, keys, kv_heads)), queries, dq, kv_heads, scale=scale)
-        kernels.gather_add(torch.bmm(ds.transpose(1, 2), kernels.stack(q, queries, kv_heads)), keys, dk, scale=scale)
+        kernels.unstack(batched(ds, kernels.stack(k, keys, kv_heads)), queries, dq, kv_heads, scale=scale)
+        kernels.gather_add(batched(ds.transpose(1, 2), kernels.stack(q, queries, kv_heads)), keys, dk, scale=scale)
 
 
 def _kernels(x: Tensor) -> Kernels:
