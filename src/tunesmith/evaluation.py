@@ -7,24 +7,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.config import DataSection, load_run
+from tunesmith.config import DataSection, validate_section
 from tunesmith.data.schemas import Row
-from tunesmith.errors import ConfigError
+from tunesmith.errors import CatalogError, ConfigError, DataError, did_you_mean
 from tunesmith.evaluate.held_out import evaluate_rows, read_split
-from tunesmith.evaluate.run import find_metric
+from tunesmith.evaluate.run import chooses_labels, find_metric
 from tunesmith.evaluate.subject import Subject
 from tunesmith.evaluate.suite import Asked, parse_settings, read_tasks, run_tasks
+from tunesmith.evaluate.trained import as_trained, ask_as_trained, trained_run, unknown_labels
 from tunesmith.files import atomic_write_text
 from tunesmith.prepare import held_out_rows
 
 if TYPE_CHECKING:
+    from tunesmith.config import Run
     from tunesmith.evaluate.harness import Harness
 
 HARNESS = "harness"  # its settings are harness.KEY=VALUE
+ROWS = "data"  # those of the rows are data.KEY=VALUE
+ROW_KEYS = ("schema", "instruction", "labels", "cutoff", "cut", "captions")  # what makes prompts and answers of rows
 
 
 @dataclass(frozen=True)
@@ -70,18 +74,25 @@ def read_evaluation(
 ) -> Evaluation:
     """Read what is asked for. Rows are measured where data or metrics are named, or nothing else is.
 
-    `rows` limits rows, items of tasks and items of the harness's tasks alike. Raises ConfigError, DataError.
+    `rows` limits rows, items of tasks and items of the harness's tasks alike. Rows are asked as the run at `target` was
+    trained, unless `settings` say otherwise as "data.KEY=VALUE". Raises ConfigError, DataError.
     """
     for name in metrics:
         find_metric(name, "--metrics")
     given = parse_settings(settings)
     library = _harness(harness, given.pop(HARNESS, {}))
+    of_rows = given.pop(ROWS, {})
     asked = read_tasks(tasks, given, rows)
     section: DataSection | None = None
     found: list[Row] = []
     if data is not None or metrics or not (tasks or harness):
-        section, found = _rows(target, data, split)
-    return Evaluation(section, found[:rows], tuple(metrics), asked, library, rows)
+        section, found = _rows(target, data, split, of_rows)
+        found = found[:rows]
+        if not metrics or chooses_labels(metrics):
+            _check_labels(found, section.labels)
+    elif of_rows:
+        raise ConfigError(f"{ROWS}.{next(iter(of_rows))}: no rows are measured; give --data or --metrics")
+    return Evaluation(section, found, tuple(metrics), asked, library, rows)
 
 
 def _harness(names: Sequence[str], settings: Mapping[str, Any]) -> Harness | None:
@@ -96,12 +107,53 @@ def _harness(names: Sequence[str], settings: Mapping[str, Any]) -> Harness | Non
     return find_harness(names, settings)
 
 
-def _rows(target: Path, data: str | None, split: str) -> tuple[DataSection, list[Row]]:
-    config = target / "config.yaml"
-    if data is not None:
-        section = DataSection(train=data)
-        return section, read_split(section, split)
-    if config.is_file():
-        run, _ = load_run(config, [], {})
-        return run.data, list(held_out_rows(run) or read_split(run.data, split))
-    raise ConfigError("evaluate: say on which data with --data (a run folder has its own), or which --task NAME=PATH")
+def _rows(target: Path, data: str | None, split: str, given: Mapping[str, Any]) -> tuple[DataSection, list[Row]]:
+    """All rows, and how they are asked: its labels are those that an answer is chosen among, none without labels."""
+    run = trained_run(target)
+    section = _section(run, data, given)
+    if run is not None and data is None:
+        rows = held_out_rows(replace(run, data=section)) or read_split(section, split)
+    else:
+        rows = read_split(section, split)
+    trained = section
+    if run is not None and rows[0].kind == "classification" and "labels" not in given:
+        trained = _trained(run)  # labels that are given ask another question, for which its instruction is not meant
+    rows, names = ask_as_trained(rows, section, trained)
+    return replace(section, labels=names), rows
+
+
+def _section(run: Run | None, data: str | None, given: Mapping[str, Any]) -> DataSection:
+    """The run's own section, or `data` with what of it belongs to rows; what is `given` wins."""
+    if run is None and data is None:
+        raise ConfigError(
+            "evaluate: say on which data with --data (a run folder has its own), or which --task NAME=PATH"
+        )
+    for key in given:
+        if key not in ROW_KEYS:
+            known = ", ".join(ROW_KEYS)
+            raise ConfigError(f"{ROWS}.{key}: is no setting of rows{did_you_mean(key, ROW_KEYS)}; there are {known}")
+    keys = ROW_KEYS if data is not None else [field.name for field in fields(DataSection)]
+    values = {} if run is None else {key: getattr(run.data, key) for key in keys}
+    return validate_section(DataSection, {**values, **({} if data is None else {"train": data}), **given}, ROWS)
+
+
+def _trained(run: Run) -> DataSection:
+    try:
+        return as_trained(run.data)
+    except (DataError, CatalogError) as error:
+        raise ConfigError(
+            f"{ROWS}.labels: give them (and {ROWS}.instruction, if it is not the usual one); the run's data, which "
+            f"tells them, cannot be read ({error})"
+        ) from None
+
+
+def _check_labels(rows: Sequence[Row], names: Sequence[str]) -> None:
+    """Raise DataError for labels that cannot be chosen: every answer would be wrong."""
+    unknown = unknown_labels(rows, names)
+    if unknown:
+        more = f" (nor are those of {len(unknown) - 1:,} other rows)" if len(unknown) > 1 else ""
+        raise DataError(
+            f"{unknown[0].source}: label {unknown[0].label!r} is none of {ROWS}.labels ({', '.join(names)}), which a "
+            f"run has from its training{more}; correct or remove the row, give others as {ROWS}.labels=[A,B], or "
+            "measure what needs no label, such as --metrics eval_loss"
+        )

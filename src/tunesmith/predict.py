@@ -13,14 +13,13 @@ from filelock import FileLock, Timeout
 
 from tunesmith import __version__, api
 from tunesmith.adapters.peft_format import adapter_folder
-from tunesmith.config import Run, load_run
-from tunesmith.data.catalog import resolve_data
-from tunesmith.data.schemas import default_instruction, labels
-from tunesmith.data.sources import read_splits
+from tunesmith.config import Run
+from tunesmith.data.schemas import default_instruction
 from tunesmith.data.texts import TextRow, scan_texts
 from tunesmith.errors import CatalogError, ConfigError, DataError, Interrupted
 from tunesmith.evaluate.labelled_file import LabelledFile, check_format
 from tunesmith.evaluate.labelling import Labeller
+from tunesmith.evaluate.trained import as_trained, trained_run
 from tunesmith.files import sha256_file
 from tunesmith.inference.prefill import context_limit
 
@@ -111,8 +110,7 @@ def _chunks(rows: Iterable[TextRow]) -> Iterator[list[TextRow]]:
 
 def _task(target: Path, names: Sequence[str], instruction: str | None) -> tuple[tuple[str, ...], str, int | None]:
     """Labels, instruction and cut-off: those of the run at `target`, unless given. Raises ConfigError."""
-    config = next((p / "config.yaml" for p in (target, target.parent) if (p / "config.yaml").is_file()), None)
-    run = load_run(config)[0] if config is not None and adapter_folder(target) is not None else None
+    run = trained_run(target)
     own = None if run is None else run.data.instruction
     if not names:
         if run is None:
@@ -128,17 +126,13 @@ def _trained_on(run: Run) -> tuple[tuple[str, ...], str]:
 
     What its configuration leaves open is read from its data, as the training did. Raises ConfigError.
     """
-    section = run.data
-    if section.labels and section.instruction is not None:
-        return section.labels, section.instruction
     try:
-        path = resolve_data(section.train)
-        rows = read_splits(path, schema=section.schema, limit=section.limit, instruction=section.instruction).train
+        section = as_trained(run.data)
     except (DataError, CatalogError) as error:
         raise ConfigError(f"--labels: give them; the run's data, which tells them, cannot be read ({error})") from None
-    if rows[0].kind != "classification":
-        raise ConfigError(f"predict: the run was trained on {rows[0].kind} rows, not on text and label; give --labels")
-    return section.labels or labels(rows), rows[0].fields["instruction"]
+    if not section.labels or section.instruction is None:
+        raise ConfigError("predict: the run was not trained on text and label; give --labels")
+    return section.labels, section.instruction
 
 
 def _labeller(

@@ -17,7 +17,10 @@ def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="What to measure.")],
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TASK.KEY=VALUE]...", help="Settings of tasks, such as hellaswag.shots=5."),
+        typer.Argument(
+            metavar="[TASK.KEY=VALUE]...",
+            help="Settings of tasks, such as hellaswag.shots=5, and of rows: data.cutoff=512.",
+        ),
     ] = None,
     data: Annotated[str | None, typer.Option("--data", "-d", help="Rows to measure on; a run has its own.")] = None,
     metrics: Annotated[

@@ -20,7 +20,10 @@ def forgetting(
     target: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="What was trained.")],
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TASK.KEY=VALUE]...", help="Settings of tasks, such as hellaswag.shots=5."),
+        typer.Argument(
+            metavar="[TASK.KEY=VALUE]...",
+            help="Settings of tasks, such as hellaswag.shots=5, and of rows: data.cutoff=512.",
+        ),
     ] = None,
     general: Annotated[
         list[str] | None,

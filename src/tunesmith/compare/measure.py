@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from tunesmith.compare.record import Measured
 from tunesmith.config import DataSection, Run
@@ -18,9 +19,10 @@ from tunesmith.errors import NumericalError
 from tunesmith.evaluate.generations import greedy_answers
 from tunesmith.evaluate.held_out import read_split
 from tunesmith.evaluate.outcomes import Outcomes, row_outcomes
-from tunesmith.evaluate.run import find_metric, measure
+from tunesmith.evaluate.run import chooses_labels, find_metric, measure
 from tunesmith.evaluate.subject import Subject
 from tunesmith.evaluate.suite import read_tasks, run_tasks
+from tunesmith.evaluate.trained import as_trained, ask_as_trained, unknown_labels
 from tunesmith.model.llama import Llama
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.vision.open import rows_seen
@@ -36,13 +38,17 @@ class Subjects:
     template: Callable[[str], Template]
     own_rows: Callable[[str], list[Row]]
 
-    def of(self, asked: MeasuredSet) -> Subject:
-        """The rows of a set under the model; a task brings its own."""
+    @cached_property
+    def _trained(self) -> DataSection:
+        return as_trained(self.run.data)
+
+    def of(self, asked: MeasuredSet) -> tuple[Subject, list[str]]:
+        """The rows of a set under the model, and notes; a task brings its own rows."""
         run = self.run
         template = self.template(asked.template or run.data.template)
         bare = Subject(self.model, self.tokenizer, template, budget=run.train.pack_tokens or 4096)
         if asked.task is not None:
-            return bare
+            return bare, []
         if asked.data is None:
             section, rows = run.data, self.own_rows(asked.split)
         else:
@@ -50,10 +56,32 @@ class Subjects:
             kept = {"instruction": data.instruction, "cutoff": data.cutoff, "cut": data.cut, "labels": data.labels}
             section = DataSection(train=asked.data, **kept)  # type: ignore[arg-type]
             rows = read_split(section, asked.split)
-        rows = rows_seen(rows[: asked.rows], self.model.needs().looks)
+        rows, names, notes = self._as_trained(asked, section, rows)
+        rows = rows_seen(rows, self.model.needs().looks)
         encoded = encode_rows(rows, template, self.tokenizer, cutoff=section.cutoff, cut=section.cut)
-        found = section.labels or labels(rows)
-        return replace(bare, rows=tuple(rows), examples=encoded.examples, labels=tuple(found))
+        subject = replace(bare, rows=tuple(rows), examples=encoded.examples, labels=names)
+        return subject, notes if chooses_labels(asked.metrics) else []
+
+    def _as_trained(
+        self, asked: MeasuredSet, section: DataSection, rows: list[Row]
+    ) -> tuple[list[Row], tuple[str, ...], list[str]]:
+        """The rows that are measured as they are asked, the labels to choose among, and notes on those of the rows.
+
+        A set that shares no label with the training, as one for what was forgotten may not, is chosen among its own.
+        """
+        called, found = asked.called or "rows", labels(rows)  # of all rows: the first ones may have one label only
+        trained = self._trained if rows[0].kind == "classification" else section
+        if set(found).isdisjoint(trained.labels):
+            own = f"{called}: the labels are its own ({', '.join(found)}), none of which was trained with"
+            return rows[: asked.rows], found, [own] if found and trained.labels else []
+        rows, names = ask_as_trained(rows, section, trained)
+        rows = rows[: asked.rows]
+        unknown = unknown_labels(rows, names)
+        if not unknown:
+            return rows, names, []
+        first = f"{unknown[0].label!r} at {unknown[0].source}"
+        wrong = f"{called}: {len(unknown):,} rows are wrong by a label that was not trained with ({first})"
+        return rows, names, [wrong]
 
 
 Found = tuple[dict[str, Measured], dict[str, Outcomes]]
@@ -69,7 +97,8 @@ def measured(
     notes: list[str] = []
     for forgetting, sets in ((False, asked.sets), (True, asked.forgetting)):
         for one in sets:
-            subject = subjects.of(one)
+            subject, said = subjects.of(one)
+            notes += said
             if one.task is None:
                 found, rows = _on_rows(one, subject)
             else:

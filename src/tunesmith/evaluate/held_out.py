@@ -9,7 +9,7 @@ from typing import Any
 from tunesmith.config import DataSection
 from tunesmith.data.catalog import resolve_data
 from tunesmith.data.encode import encode_rows
-from tunesmith.data.schemas import Row, labels
+from tunesmith.data.schemas import Row
 from tunesmith.data.sources import SPLITS, read_splits
 from tunesmith.errors import ConfigError, DataError, did_you_mean
 from tunesmith.evaluate.run import measure
@@ -37,11 +37,11 @@ def evaluate_rows(
 ) -> dict[str, Any]:
     """Measure `metrics` on `rows` with the model, template and adapters of `subject`, which has no rows of its own.
 
-    Without any: eval_loss, and accuracy where rows have labels. Raises ConfigError for an unknown metric.
+    An answer is chosen among the labels of `section`: `rows` may be the first few of a file and not show them all.
+    Without metrics: eval_loss, and accuracy where there are labels. Raises ConfigError for an unknown metric.
     """
     rows = rows_seen(rows, subject.model.needs(subject.adapters).looks)
-    names = section.labels or labels(rows)
     encoded = encode_rows(rows, subject.template, subject.tokenizer, cutoff=section.cutoff, cut=section.cut)
-    asked = replace(subject, rows=tuple(rows), examples=encoded.examples, labels=tuple(names))
-    wanted = list(metrics) or ["eval_loss", *(["accuracy"] if len(names) > 1 else [])]
+    asked = replace(subject, rows=tuple(rows), examples=encoded.examples, labels=section.labels)
+    wanted = list(metrics) or ["eval_loss", *(["accuracy"] if len(section.labels) > 1 else [])]
     return {"rows": len(rows), **measure(asked, wanted)}

@@ -66,6 +66,11 @@ def find_metric(name: str, where: str = "evaluate.metrics") -> Metric:
     return metric
 
 
+def chooses_labels(names: Sequence[str]) -> bool:
+    """Is any of these metrics a choice among labels?"""
+    return any(find_metric(name).measure in (accuracy, free_accuracy) for name in names)
+
+
 def measure(subject: Subject, names: Sequence[str]) -> dict[str, float]:
     """Measure `names`, each pass over the rows once. Raises ConfigError for a name that is not known."""
     passes = {metric.measure: metric.of_answers for metric in map(find_metric, names)}
