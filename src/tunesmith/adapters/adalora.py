@@ -25,7 +25,6 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tunesmith.adapters import peft_config as peft
 from tunesmith.adapters.base import Adapter, Delta, Placement
@@ -37,6 +36,7 @@ from tunesmith.errors import AdapterError, ConfigError
 from tunesmith.model.dropout import draw_seed, dropped_product
 from tunesmith.model.linear import Linear
 from tunesmith.model.llama import Llama
+from tunesmith.model.matmul import add_product, linear
 from tunesmith.model.seam import Context
 
 TRIPLET = ("P", "singular", "Q")
@@ -135,8 +135,8 @@ class AdaLoRADelta(Delta):
         """value (tokens, out) and the Linear's input `given` (tokens, in) -> (tokens, out)."""
         Q = self.Q.to(given.dtype)
         drops = self.dropout and self.training
-        inner = dropped_product(given, Q, self.dropout, draw_seed()) if drops else functional.linear(given, Q)
-        return torch.addmm(value, inner * self.singular.to(Q.dtype), self.P.to(Q.dtype).T, alpha=self.scale)
+        inner = dropped_product(given, Q, self.dropout, draw_seed()) if drops else linear(given, Q)
+        return add_product(value, inner * self.singular.to(Q.dtype), self.P.to(Q.dtype), self.scale)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + s P diag(lambda) Q, in float32 (float64 stays)."""
@@ -201,10 +201,10 @@ class AdaLoRA:
             raise ConfigError(f"adapter.target_rank: {settings.target_rank} is above init_rank, {settings.init_rank}")
         targets = dict(select_linears(model, settings.target_modules, settings.layers_to_transform))
         share = settings.orthogonality / (2 * len(targets))
-        for path, linear in targets.items():
-            device = "meta" if linear.weight.is_meta else "cpu"
-            P = torch.empty(linear.out_features, settings.init_rank, device=device).normal_(std=0.02)
-            Q = torch.empty(settings.init_rank, linear.in_features, device=device).normal_(std=0.02)
+        for path, host in targets.items():
+            device = "meta" if host.weight.is_meta else "cpu"
+            P = torch.empty(host.out_features, settings.init_rank, device=device).normal_(std=0.02)
+            Q = torch.empty(settings.init_rank, host.in_features, device=device).normal_(std=0.02)
             yield Placement(path, "edit", AdaLoRADelta(P, Q, scale_of(settings), settings.dropout, share))
 
     def unfreeze(self, model: Llama, settings: AdaLoRASettings) -> Iterator[str]:
@@ -265,17 +265,17 @@ class AdaLoRA:
         found = peft.plain_keys(tensors, where)
         drop_copies(found, model)
         expected: dict[str, tuple[int, ...]] = {}
-        for path, linear in linears.items():
+        for path, host in linears.items():
             mask = masks[path]
             rank = settings["init_rank"] if mask is None else sum(mask)
-            expected[f"{path}.lora_A"] = (rank, linear.in_features)
-            expected[f"{path}.lora_B"] = (linear.out_features, rank)
+            expected[f"{path}.lora_A"] = (rank, host.in_features)
+            expected[f"{path}.lora_B"] = (host.out_features, rank)
             expected[f"{path}.lora_E"] = (rank, 1)
         peft.check_tensors(expected, found, where)
         state: dict[str, Tensor] = {}
-        for path, linear in linears.items():
+        for path, host in linears.items():
             own = [found[f"{path}.{name}"][1] for name in ("lora_A", "lora_B", "lora_E")]
-            delta = _filled(linear, masks[path] or [True] * settings["init_rank"], own)
+            delta = _filled(host, masks[path] or [True] * settings["init_rank"], own)
             state |= {f"{path}.edit.{name}": value for name, value in delta.state_dict().items()}
         return settings, state
 

@@ -26,6 +26,7 @@ from tunesmith.adapters.base import Delta, Placement
 from tunesmith.config import STRICT
 from tunesmith.errors import AdapterError, CannotMerge
 from tunesmith.model.llama import Llama
+from tunesmith.model.matmul import linear
 from tunesmith.model.seam import Context
 
 # variant -> the seams of a block that are edited
@@ -81,8 +82,8 @@ class BottleneckDelta(Delta):
     def forward(self, value: Tensor, host: nn.Module, ctx: Context, given: Tensor) -> Tensor:
         """The sub-layer's output and its input `given`, both (tokens, hidden) -> (tokens, hidden)."""
         h = given if self.parallel else value
-        inner = functional.linear(h, self.down.to(h.dtype), self.down_bias.to(h.dtype))
-        added = functional.linear(ACTIVATIONS[self.activation](inner), self.up.to(h.dtype), self.up_bias.to(h.dtype))
+        inner = linear(h, self.down.to(h.dtype), self.down_bias.to(h.dtype))
+        added = linear(ACTIVATIONS[self.activation](inner), self.up.to(h.dtype), self.up_bias.to(h.dtype))
         return torch.add(value, added, alpha=self.scale)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -91,9 +91,9 @@ class LoRADelta(Delta):
         inner = self._inner(given, self.A, seed)
         if self.A0 is None or self.B0 is None:
             return add_product(value, inner, self.B.to(inner.dtype), self.scale)
-        start = functional.linear(self._inner(given, self.A0, seed), self.B0.to(inner.dtype))
+        start = linear(self._inner(given, self.A0, seed), self.B0.to(inner.dtype))
         # the same products twice: exactly 0 at the start
-        change = functional.linear(inner, self.B.to(inner.dtype)) - start
+        change = linear(inner, self.B.to(inner.dtype)) - start
         return torch.add(value, change, alpha=self.scale)
 
     def _inner(self, x: Tensor, A: Tensor, seed: Tensor | None) -> Tensor:
