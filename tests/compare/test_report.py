@@ -155,6 +155,20 @@ def test_every_line_is_held_against_the_untuned_base(made, tmp_path):
     assert "No better than the untuned base, as far as these rows tell: A, B, C, D, E, F, G, H, I, J." in text
 
 
+def test_cells_over_their_budget_and_figures_without_rows_are_said(tmp_path):
+    text = BASE + "methods: [lora, prompt, full]\nmeasure: {metrics: [perplexity]}\n"
+    grid = grid_of(tmp_path, text, "budget.memory=4", "budget.seconds=2")
+    for cell, peak, speed in zip(grid.cells, (4.05, 5.0, 3.0), (320, 640, 160), strict=True):  # of 640 tokens
+        write_cell(cell, tmp_path, {}, whole={"perplexity": 2.0}, peak=peak, speed=speed)
+    publish(grid, tmp_path, INPUTS)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert re.findall(r".*over its budget.*", text) == [
+        "- B took 5 GiB, over its budget of 4 GiB.",
+        "- C took 4 s, over its budget of 2 s.",
+    ]
+    assert "Nothing was tested: perplexity is not kept row by row" in text
+
+
 def test_lines_that_were_measured_on_other_rows_are_named(made, tmp_path):
     """As a single file's are, out of which each size or seed holds other rows."""
     assert "Measured on other rows" not in (made[0] / "report.md").read_text(encoding="utf-8")

@@ -1,9 +1,8 @@
 """One block for one new token of each of a few sequences, in one native call (token_step.cpp).
 
 An answer is made a token at a time. In torch a block is some forty operations on vectors, and what they cost is mostly
-the way to them: the products themselves are a third of the time. The call does what `Block.forward` does, in float
-from its input to its output. It is taken where nothing but low-rank updates edits the block; everything else goes
-through the seams.
+the way to them. The call does what `Block.forward` does, in float from its input to its output. It is taken where
+nothing but low-rank updates edits the block; everything else goes through the seams.
 """
 
 from __future__ import annotations
