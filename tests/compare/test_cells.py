@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -147,6 +148,16 @@ def test_a_search_and_what_is_forgotten(command, in_process, grid, data):
     (row, _) = rows_of(grid.parent / "out")
     assert float(row["rate"]) == pytest.approx(float(best)) and row["examples"] == "48"
     assert not (trials[0] / "adapter").exists()  # of a trial nothing is kept but its measures
+
+
+def test_how_a_task_was_measured_is_said(command, in_process, grid, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": "a quiet river and a loud crowd " * 30}) + "\n" for _ in range(3)))
+    task = f"measure.forgetting=[{{task: c4, data: {text}, settings: {{window: 32, windows: 2}}}}]"
+    compare(command, grid, "methods=[bitfit]", task)
+    said = (grid.parent / "out" / "report.md").read_text(encoding="utf-8")
+    assert re.search(r"- c4: .*window 32, stride 32.*bos", said, re.I)
+    assert f"| c4 | c4; {text}; window 32; windows 2 |".replace("_", "\\_") in said
 
 
 @pytest.mark.parametrize("budget", ["{tokens: 1500}", "{seconds: 0.2}", "{memory: 3.0}", "{memory: 0.01}"])
