@@ -202,7 +202,8 @@ def _validation(run: Run, splits: Splits) -> tuple[list[Row], list[Row]]:
             asked = splits.train[0].fields["instruction"]
         return splits.train, read_rows(path, schema=section.schema, instruction=asked)
     if section.valid_size:
-        return split_rows(splits.train, section.valid_size, run.train.seed)
+        seed = run.train.seed if section.valid_seed is None else section.valid_seed
+        return split_rows(splits.train, section.valid_size, seed)
     return splits.train, splits.valid if section.valid_size is None else []
 
 

@@ -13,7 +13,9 @@ from tunesmith.adapters import find_method
 from tunesmith.compare.grid import speed_of
 from tunesmith.compare.inputs import data_hashes, input_hashes
 from tunesmith.config.grid import Budget
+from tunesmith.data.schemas import Row
 from tunesmith.errors import ConfigError
+from tunesmith.prepare import held_out_rows
 
 
 def test_methods_axes_sizes_templates_and_seeds_are_multiplied(tmp_path):
@@ -29,6 +31,21 @@ def test_methods_axes_sizes_templates_and_seeds_are_multiplied(tmp_path):
     assert (run.train.batch_size, run.data.limit, run.data.template, run.train.seed) == (16, 200, "alpaca", 1)
     assert run.adapter == {"kind": "lora", "rank": 2, "dropout": 0.1}
     assert cell.point["adapter.dropout"] == 0.1 and run.evaluate.samples == 0
+
+
+def test_all_seeds_are_measured_on_the_same_held_out_rows(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "Say {n}", "completion": "{n}"}}\n' for n in range(40)))
+    base = f"base: {{model: tiny, data: {{train: {rows}, valid_size: 8}}}}\nbudget: {{examples: 8}}\n"
+
+    def held(text: str) -> list[list[Row]]:
+        return [held_out_rows(cell.run) for cell in grid_of(tmp_path, base + text).cells]
+
+    first, second, third = held("seeds: [0, 1, 2]\n")
+    assert first == second == third == held("seeds: [0]\n")[0]
+    assert held("seeds: [1]\n")[0] != first
+    drawn = held("axes: {data.valid_seed: [0, 1]}\nseeds: [0, 1]\n")
+    assert drawn[0] == drawn[1] != drawn[2] == drawn[3]
 
 
 def test_names_are_folders_and_differ(tmp_path):

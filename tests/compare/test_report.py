@@ -170,7 +170,7 @@ def test_cells_over_their_budget_and_figures_without_rows_are_said(tmp_path):
 
 
 def test_lines_that_were_measured_on_other_rows_are_named(made, tmp_path):
-    """As a single file's are, out of which each size or seed holds other rows."""
+    """As a single file's are, out of which each size holds other rows."""
     assert "Measured on other rows" not in (made[0] / "report.md").read_text(encoding="utf-8")
     grid, _ = write_all(tmp_path)
     cell = next(one for one in grid.cells if one.method == "prompt tuning")

@@ -48,6 +48,7 @@ data = st.builds(
     DataSection,
     train=words,
     valid_size=st.none() | st.integers(0, 10**6) | share,
+    valid_seed=maybe(st.integers(0, 10**6)),
     template=words,
     instruction=maybe(words | tricky),
     labels=st.lists(words, max_size=3).map(tuple),

@@ -218,6 +218,8 @@ def _run(
     if run.train.resume is not None:
         raise ConfigError("train.resume: a comparison goes on by itself; take it out of the grid")
     data = replace(run.data, train=spec.placed(run.data.train) or "", valid=spec.placed(run.data.valid))
+    if len(spec.seeds) > 1 and data.valid_size and data.valid_seed is None:
+        data = replace(data, valid_seed=spec.seeds[0])  # all seeds are measured on the same rows
     return replace(run, adapter=dict(adapter), data=data), notes
 
 

@@ -152,6 +152,9 @@ class DataSection:
         ge=0,
         description="Rows held out of `train` for validation: a number, or a share below 1; 0 holds out none.",
     )
+    valid_seed: int | None = Field(
+        default=None, ge=0, description="Which rows `valid_size` holds out; none takes `train.seed`."
+    )
     template: str = Field(
         default="chat",
         min_length=1,
