@@ -297,6 +297,15 @@ def test_valid_size_holds_rows_out(command, in_process, tiny_base, tmp_path):
     assert re.search(r"valid: rows shared with train +0\n", err)
 
 
+def test_a_held_out_label_that_training_does_not_know_is_said(command, in_process, tiny_base, tmp_path):
+    write_rows(tmp_path / "data" / "train.jsonl", reviews(24))
+    held = [{**row, "label": "mixed"} if i in (2, 5) else row for i, row in enumerate(reviews(8, seed=1))]
+    write_rows(tmp_path / "data" / "valid.jsonl", held)
+    _, err = train(command, tiny_base, tmp_path / "data", tmp_path, train__max_steps=1)
+    said = "valid: 2 of 8 rows have a label that is not among the training's (first 'mixed': "
+    assert said in err and "valid.jsonl:3)" in err
+
+
 def test_full_fine_tuning_trains_saves_reloads_and_verifies(command, in_process, tiny_base, tiny_reviews, tmp_path):
     out, err = train(
         command, tiny_base, tiny_reviews, tmp_path,

@@ -26,6 +26,7 @@ from tunesmith.evaluate.tournament.local import LocalModel, answer_questions
 from tunesmith.evaluate.tournament.report import Rules, markdown, tournament_report
 from tunesmith.files import atomic_write_json, atomic_write_text, sha256_file
 from tunesmith.inference.sample import GenerationSettings
+from tunesmith.model.load import model_identity
 
 KINDS: dict[str, Kind] = {"verdict": "verdict", "scores": "scores"}
 
@@ -121,7 +122,7 @@ def _answers_of(
         if found.rows and all(row.get("asked") == mark for _, row in found.rows):
             note(f"{name}: its answers are there: {path}")
             return read_replies([found])[name]
-    note(f"{name}: answering {len(questions)} questions")
+    note(f"{name}: answering {len(questions):,} question{'s' * (len(questions) > 1)}")
     replies = answer_questions(_local(name, target, judging.max_tokens), questions, judging.turns)
     rows = [
         {"question_id": one.question, "model_id": name, "turns": one.turns, "asked": mark} for one in replies.values()
@@ -131,10 +132,13 @@ def _answers_of(
 
 
 def _weights(target: str) -> list[str]:
-    """What a contestant's name stands for: hashes of its adapter's files, or the name of a model."""
+    """What a local model's name stands for: hashes of its adapter's files, or of a model's; a catalog's name alone."""
     folder = adapter_folder(Path(target))
-    files = sorted(folder.iterdir()) if folder is not None else []
-    return [target, *(sha256_file(file) for file in files if file.suffix in (".safetensors", ".json"))]
+    if folder is None:
+        path = Path(target).expanduser()
+        return [target, model_identity(path)["sha256"]] if path.exists() else [target]
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
+    return [target, *map(sha256_file, files)]
 
 
 def _local(name: str, target: str, max_tokens: int) -> LocalModel:
@@ -162,7 +166,8 @@ def _judge(
         both_orders=judging.both_orders,
     )
     path = out / "judgments.jsonl"
-    done = judge_games(games, _judge_of(judging), path, _progress(note))
+    weights = _weights(judging.judge or "") if judging.base_url is None else ()
+    done = judge_games(games, _judge_of(judging), path, _progress(note), weights)
     note(f"{path}: {done.there:,} judgments were there, {done.judged:,} were made, {done.unparsed:,} of them unparsed")
     ((_, found),) = collect(path)
     rows = [(line, row) for line, row in found.rows if str(row["asked"]) in done.marks]

@@ -29,6 +29,7 @@ from tunesmith.evaluate.forgetting import general_metrics, general_sets, with_fo
 from tunesmith.evaluate.language_model import language_model_metrics
 from tunesmith.evaluate.run import find_metric, measure
 from tunesmith.evaluate.subject import Subject
+from tunesmith.evaluate.trained import unknown_labels
 from tunesmith.export.verify import verify_run, write_probe
 from tunesmith.files import atomic_folder, atomic_write_json, atomic_write_text
 from tunesmith.folders import as_begun, run_folder
@@ -154,6 +155,12 @@ def _check_data(run: Run, loaded: Loaded, data: Data, console: Console) -> None:
     for line in check_tokenizer_ids(loaded.tokenizer, config.vocab_size, config.eos_token_ids, config.bos_token_id):
         _say(console, f"tokenizer: {line}")
     show_report(data, console, loaded.model.pattern)
+    if lost := unknown_labels(data.valid_rows, data.labels):
+        _say(
+            console,
+            f"valid: {len(lost):,} of {len(data.valid_rows):,} rows have a label that is not among the training's "
+            f"(first {lost[0].label!r}: {lost[0].source}); no answer to them can be right",
+        )
     check_images(run, data, console)
     evaluate = run.evaluate
     asked = {"metrics": evaluate.metrics, "patience": evaluate.patience, "general": evaluate.general}

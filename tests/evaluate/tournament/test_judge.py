@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.evaluate.tournament.published_files import write_folder
-from tests.tiny import write_rows
+from tests.tiny import write_base, write_rows
 
 from tunesmith.errors import ConfigError, DataError, JudgeError
 from tunesmith.evaluate.tournament.answers import Question, Reply
@@ -326,6 +328,32 @@ def test_a_whole_tournament(server, command, tiny_base, tmp_path, monkeypatch) -
     assert "ours: its answers are there" in err and "6 judgments were there, 0 were made" in err
     code, again, _ = command("tournament", out / "judgments.jsonl", "--orderings", 20)
     assert code == 0 and again == printed  # the file of judgments is a file of votes
+
+
+def test_other_weights_under_the_same_name_answer_and_judge_anew(command, tmp_path) -> None:
+    asked = write_rows(tmp_path / "q.jsonl", [{"question_id": 1, "text": "Yo"}])
+    other = write_folder(tmp_path / "answers", {"other": [{"question_id": 1, "answer": "x"}]})
+
+    def made(name: str, seed: int) -> Path:
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        return write_base(tmp_path / name, seed=seed, max_position_embeddings=2048)
+
+    def held() -> tuple[bool, int]:
+        """Were questions answered, and how many judgments made? A random model says no verdict."""
+        code, _, err = command(
+            "tournament", other, "--questions", asked, "--contestant", f"ours={tmp_path / 'base'}", "--judge",
+            tmp_path / "judge", "--max-new-tokens", 4, "--one-order", "--out", tmp_path / "out",
+        )  # fmt: skip
+        assert code == 2 and "no verdict could be read" in err
+        return "ours: answering 1 question" in err, int(re.search(r"were there, (\d) were made", err)[1])
+
+    made("base", 1), made("judge", 1)
+    assert held() == (True, 1)
+    assert held() == (False, 0)
+    made("judge", 2)
+    assert held() == (False, 1)
+    made("base", 2)
+    assert held()[0]
 
 
 CHANGES = {  # (what the systems answer, words that are added, judgments of before that are left out)

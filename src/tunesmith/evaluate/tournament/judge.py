@@ -107,23 +107,30 @@ def _answered(replies: dict[str, dict[str, Reply]], name: str, question: Questio
 
 
 def judge_games(
-    games: Sequence[Game], judge: Judge, path: Path, progress: Callable[[int, int], None] = lambda done, of: None
+    games: Sequence[Game],
+    judge: Judge,
+    path: Path,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+    weights: Sequence[str] = (),
 ) -> Judged:
     """Judge what `path` lacks; `progress(done, of)` is called after each verdict. Raises JudgeError, DiskError.
 
-    What was judged before an error or an interruption stays in the file.
+    `weights` says which weights the judge's name stands for: with others, everything is judged anew. What was judged
+    before an error or an interruption stays in the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(f"{path}.lock", timeout=0):
-            return _judge(games, judge, path, progress)
+            return _judge(games, judge, path, progress, weights)
     except Timeout:
         raise JudgeError(f"{path}: another process is judging into this file; wait for it, or give another") from None
 
 
-def _judge(games: Sequence[Game], judge: Judge, path: Path, progress: Callable[[int, int], None]) -> Judged:
+def _judge(
+    games: Sequence[Game], judge: Judge, path: Path, progress: Callable[[int, int], None], weights: Sequence[str]
+) -> Judged:
     there = _asked_in(path)
-    marks = {_mark(game, judge.name): game for game in games}
+    marks = {_mark(game, [judge.name, *weights]): game for game in games}
     todo = [(mark, game) for mark, game in marks.items() if mark not in there]
     unparsed = 0
     for done, (number, text) in enumerate(judge.replies(game.messages() for _, game in todo), 1):
@@ -135,8 +142,8 @@ def _judge(games: Sequence[Game], judge: Judge, path: Path, progress: Callable[[
     return Judged(len(marks), len(marks) - len(todo), len(todo), unparsed, frozenset(marks))
 
 
-def _mark(game: Game, judge: str) -> str:
-    said = json.dumps([judge, game.kind, game.first.system, game.second.system, game.messages()])
+def _mark(game: Game, judge: Sequence[str]) -> str:
+    said = json.dumps([*judge, game.kind, game.first.system, game.second.system, game.messages()])
     return hashlib.sha256(said.encode()).hexdigest()[:32]
 
 
