@@ -92,10 +92,10 @@ def said(monkeypatch, *texts: str, reason: str = "eos") -> list:
 
 def test_figures_by_hand(subject, tmp_path, monkeypatch):
     problems = TASK.read(write_rows(tmp_path / "dev.jsonl", ROWS), GSM8KSettings())
-    asked = said(monkeypatch, "so\n#### 4", "it is 1,000.50", "never mind")
+    asked = said(monkeypatch, "so\n#### 4", "so #### it is 1,000.50", "never")
     result = TASK.measure(subject, problems, GSM8KSettings())
     assert {name: figure.value for name, figure in result.figures.items()} == pytest.approx(
-        {"strict": 1 / 3, "flexible": 2 / 3, "unparsed": 1 / 3, "unfinished": 0.0}
+        {"strict": 1 / 3, "flexible": 2 / 3, "unparsed": 1 / 3, "unfinished": 0.0, "distinct_2": 5 / 6}
     )
     assert result.each == {"strict": [1.0, 0.0, 0.0], "flexible": [1.0, 1.0, 0.0]}
     assert not result.figures["unparsed"].higher_is_better and result.figures["strict"].interval is not None

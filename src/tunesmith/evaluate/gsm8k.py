@@ -23,7 +23,7 @@ from tunesmith.data.encode import encode_prompt
 from tunesmith.data.schemas import chat_row
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.evaluate.diversity import distinct
-from tunesmith.evaluate.figures import share
+from tunesmith.evaluate.figures import Figure, share
 from tunesmith.evaluate.generations import answers_to
 from tunesmith.evaluate.published import plain_prompt, text_of
 from tunesmith.evaluate.subject import Subject
@@ -80,7 +80,10 @@ def plain(number: str) -> str:
 
 
 def measure(subject: Subject, problems: Sequence[Problem], settings: GSM8KSettings) -> Result:
-    """`strict`, `flexible`, `unparsed` (no number at all) and `unfinished`. Raises ConfigError, DataError."""
+    """`strict`, `flexible`, `unparsed` (no number at all), `unfinished`, `distinct_2` of all answers together.
+
+    Raises ConfigError, DataError.
+    """
     prompts = encode(subject, problems, settings)
     stop = subject.template.stop if settings.template else STOP
     answers = answers_to(subject, prompts, GenerationSettings(max_new_tokens=settings.max_new_tokens, stop=stop))
@@ -92,12 +95,8 @@ def measure(subject: Subject, problems: Sequence[Problem], settings: GSM8KSettin
     figures = {name: share(hits) for name, hits in right.items()}
     figures["unparsed"] = share([number is None for number in found["flexible"]], higher_is_better=False)
     figures["unfinished"] = share([a.finish_reason == "length" for a in answers], higher_is_better=False)
-    stated = {
-        "shots": settings.shots,
-        "template": settings.template,
-        "max_new_tokens": settings.max_new_tokens,
-        "distinct_2": distinct([a.text for a in answers], 2),
-    }
+    figures["distinct_2"] = Figure(distinct([a.text for a in answers], 2), len(answers))
+    stated = {name: getattr(settings, name) for name in ("shots", "template", "max_new_tokens")}
     samples = [
         {"source": p.source, "number": p.number, "strict": s, "flexible": f, "text": a.text}
         for p, s, f, a in zip(problems, found["strict"], found["flexible"], answers, strict=True)

@@ -101,7 +101,7 @@ def completion_of(answer: str) -> str:
 
 
 def measure(subject: Subject, problems: Sequence[Problem], settings: HumanEvalSettings) -> Result:
-    """`pass@K` for each k; `timed_out`, `unfinished`; with several samples `unique...` and `distinct_2`.
+    """`pass@K` for each k; `timed_out`, `unfinished`, `distinct_2`; with several samples `unique...`.
 
     Raises ResourceError where programs cannot be confined.
     """
@@ -115,11 +115,8 @@ def measure(subject: Subject, problems: Sequence[Problem], settings: HumanEvalSe
     figures["unfinished"] = share(unfinished, higher_is_better=False)
     if n > 1:
         figures |= unique_strings(texts, [[ending.passed for ending in drawn] for drawn in grouped])
-    stated = {
-        **{name: getattr(settings, name) for name in _STATED},
-        "distinct_2": distinct([text for drawn in texts for text in drawn], 2),
-        "confined_by": list(endings[0].held),
-    }
+    figures["distinct_2"] = Figure(distinct([text for drawn in texts for text in drawn], 2), len(sources))
+    stated = {**{name: getattr(settings, name) for name in _STATED}, "confined_by": list(endings[0].held)}
     samples = [
         {"task_id": p.task_id, "how": ending.how, "detail": ending.detail, "completion": text}
         for p, drawn, ended in zip(problems, texts, grouped, strict=True)
