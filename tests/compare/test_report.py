@@ -123,6 +123,13 @@ def test_every_section_is_there(html):
     assert len(re.findall("<figure>", html)) == 4 + 2 * 3  # costs, and two kinds of curves of three methods
 
 
+def test_values_with_a_comma_of_their_own_are_told_apart(tmp_path):
+    grid = grid_of(tmp_path, BASE + "methods: [{name: 'full, decay', kind: full}, lora]\naxes: {data.limit: [5, 6]}\n")
+    publish(grid, tmp_path / "out", INPUTS)
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "| methods | full, decay; lora |" in text and "| limit (data.limit) | 5, 6 |" in text
+
+
 def test_the_best_line_and_those_that_are_not_told_apart(made):
     _, table = made
     best = next(line for line in table.lines if line.best)

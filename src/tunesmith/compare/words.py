@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tunesmith.compare.grid import defaults, flat, label, short
 from tunesmith.compare.read import Found, Lost
 from tunesmith.compare.table import DIFFERENT, Line, Table
@@ -193,11 +195,16 @@ def held_fixed(table: Table) -> list[tuple[str, str]]:
 def varied(table: Table) -> list[tuple[str, str]]:
     """Each axis with its values."""
     spec, axes = table.grid.spec, table.axes
-    rows = [("methods", ", ".join(method.name for method in spec.methods))] if len(spec.methods) > 1 else []
+    rows = [("methods", _listed([method.name for method in spec.methods]))] if len(spec.methods) > 1 else []
     for key in axes:
         values = dict.fromkeys(label(cell.point[key]) for cell in table.grid.cells if key in cell.point)
-        rows.append((f"{short(key, axes)} ({key})" if short(key, axes) != key else key, ", ".join(values)))
+        rows.append((f"{short(key, axes)} ({key})" if short(key, axes) != key else key, _listed(list(values))))
     return [*rows, ("seeds", ", ".join(map(str, spec.seeds)))]
+
+
+def _listed(values: Sequence[str]) -> str:
+    """Values with commas between them; with semicolons where one has a comma of its own."""
+    return ("; " if any("," in value for value in values) else ", ").join(values)
 
 
 def budget(given: Budget) -> str:
