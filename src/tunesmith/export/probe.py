@@ -28,7 +28,7 @@ from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenizer.base import GOLDEN
 
 PROBE = "verify_probe.safetensors"
-MAX_ROWS, MAX_TOKENS, PLACES = 4, 256, 8  # rows, tokens of a row, places of a row whose logits are kept
+MAX_ROWS, MAX_TOKENS, PLACES = 8, 256, 8  # rows, tokens of a row, places of a row whose logits are kept
 
 
 @dataclass(frozen=True)
