@@ -1,4 +1,4 @@
-"""The pages of sparse attention at a tiny size, each as a user starts it, and what they say of made-up figures."""
+"""The page of sparse attention at a tiny size, as a user starts it, and what it says of made-up figures."""
 
 from __future__ import annotations
 
@@ -50,20 +50,3 @@ def test_the_crossover_is_where_it_stays_below() -> None:
     found = crossovers(rows)
     assert found["a"] == {"attention_s": 2048, "step_s": None, "peak_bytes": None}
     assert found["b"]["attention_s"] == 512
-
-
-def test_the_adapter_report(tmp_path: Path) -> None:
-    from tests.tiny import reviews, write_base, write_rows
-
-    base = write_base(tmp_path / "base", num_hidden_layers=4)
-    for split, count in (("train", 20), ("valid", 8)):
-        write_rows(tmp_path / "reviews" / f"{split}.jsonl", reviews(count))
-    words = ("--reviews", 16, "--held", 8, "--model", base, "--data", tmp_path / "reviews")
-    done = bench("adapter_report", *words, "--out", tmp_path, "--work", tmp_path / "work")
-    assert done.returncode == 0, done.stdout + done.stderr
-    cases = json.loads((tmp_path / "adapter_report.json").read_text(encoding="utf-8"))["cases"]
-    losses = {(case["name"], case["under"]): case["loss"] for case in cases}
-    assert len(losses) == 18 and len(set(losses.values())) == 17  # untrained, s2 is full attention
-    assert losses["untuned base", "full"] == losses["untuned base", "s2"]
-    shares = {case["under"]: case["pairs"] for case in cases}
-    assert shares["full"] == 1 and all(0 < share < 0.5 for under, share in shares.items() if under != "full")

@@ -64,6 +64,10 @@ IN_YAML = {
         "data.valid: v\nval_set_size: 10",
         r"data: valid and valid_size both .* line 3; .* line 4\)",
     ),
+    "a seed that holds nothing out": (
+        "data.valid_seed: 1",
+        r"data: valid_seed says which rows valid_size holds out, and there is none; .* line 3\)",
+    ),
     "best not measured": ("evaluate: {best: f1}", rf"evaluate: best is 'f1', which is not measured; .* {L3}"),
     "name that leaves the folder": ("name: ../x", rf"name: should be a folder's name .*, not '\.\./x' {L3}"),
     "name of dots": ("name: ..", rf"name: should be a folder's name .* {L3}"),

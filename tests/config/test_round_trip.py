@@ -48,14 +48,13 @@ data = st.builds(
     DataSection,
     train=words,
     valid_size=st.none() | st.integers(0, 10**6) | share,
-    valid_seed=maybe(st.integers(0, 10**6)),
     template=words,
     instruction=maybe(words | tricky),
     labels=st.lists(words, max_size=3).map(tuple),
     cutoff=st.integers(2, 10**6),
     cut=st.sampled_from(["answer-end", "drop"]),
     train_on_inputs=st.booleans(),
-)
+) | st.builds(DataSection, train=words, valid_size=st.integers(1, 10**6), valid_seed=st.integers(0, 10**6))
 trains = st.builds(
     TrainSection, epochs=positive, learning_rate=maybe(positive), eps=positive, warmup_ratio=share, beta1=share,
     seed=st.integers(0, 2**63 - 1), resume=maybe(words), micro_batch=maybe(count), shuffle=st.booleans(),

@@ -103,6 +103,7 @@ def test_several_samples(subject, problems, monkeypatch):
     assert found["pass@1"] == pytest.approx(0.5) and found["pass@2"] == pytest.approx(by_counting(4, 2, 2))
     assert found["timed_out"] == 0.25 and result.each["pass@2"] == pytest.approx([5 / 6, 5 / 6])
     assert (found["unique"], found["unique_passing"], found["unique_failing"]) == (3.5, 1.5, 2.0)
+    assert found["distinct_2"] == pytest.approx(9 / 13)  # pairs of words, counted by hand
 
 
 def test_a_completion_that_ends_the_process_early_has_not_passed(subject, problems, monkeypatch):

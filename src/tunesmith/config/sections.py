@@ -185,6 +185,10 @@ class DataSection:
     def _one_validation_set(self) -> Self:
         if self.valid is not None and self.valid_size:
             raise ValueError("valid and valid_size both say where validation rows come from; keep one")
+        if self.valid_seed is not None and not self.valid_size:
+            raise ValueError(
+                "valid_seed says which rows valid_size holds out, and there is none; give it, or take it out"
+            )
         return self
 
 
