@@ -44,15 +44,41 @@ def test_where_the_default_library_uses_half_of_the_vectors(vendor, features, ex
     lines = {"vendor_id": vendor, "flags": " ".join(features)}
     monkeypatch.setattr(hardware, "_cpu_line", lambda *names: next((lines[n] for n in names if n in lines), None))
     monkeypatch.setattr(hardware.platform, "processor", lambda: "arm")
-    for found in (hardware.cpu_features, hardware.narrow_products, hardware.emulates_bfloat16):
+    for found in (hardware.cpu_features, hardware.narrow_products, hardware.slow_bfloat16):
         found.cache_clear()
     try:
         assert hardware.narrow_products() is expected
-        emulated = expected or features == {"avx2"} or vendor == "GenuineIntel"
-        assert hardware.emulates_bfloat16() is emulated
         assert hardware.describe()["cpu"]["float32_products"] == ("oneDNN" if expected else "torch's default library")
     finally:
-        for found in (hardware.cpu_features, hardware.narrow_products, hardware.emulates_bfloat16):
+        for found in (hardware.cpu_features, hardware.narrow_products, hardware.slow_bfloat16):
+            found.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("vendor", "features", "slow"),
+    [
+        ("AuthenticAMD", {"avx2"}, True),  # emulated
+        ("GenuineIntel", {"avx2", "avx512f"}, True),
+        ("AuthenticAMD", {"avx2", "avx512f", "avx512_bf16"}, False),
+        ("GenuineIntel", {"avx2", "avx512_bf16"}, False),
+        ("GenuineIntel", {"avx2", "avx512_bf16", "avx512_fp16", "amx_bf16"}, False),
+        ("GenuineIntel", {"avx2", "avx512_bf16", "avx512_fp16"}, True),  # AMX is hidden
+        ("AuthenticAMD", {"avx2", "avx512_bf16", "avx512_fp16"}, False),
+        (None, {"neon"}, False),
+    ],
+)
+def test_where_bfloat16_is_slower_than_float32(vendor, features, slow, monkeypatch):
+    lines = {"vendor_id": vendor, "flags": " ".join(features)}
+    monkeypatch.setattr(hardware, "_cpu_line", lambda *names: next((lines[n] for n in names if n in lines), None))
+    monkeypatch.setattr(hardware.platform, "processor", lambda: "arm")
+    for found in (hardware.cpu_features, hardware.narrow_products, hardware.slow_bfloat16):
+        found.cache_clear()
+    try:
+        assert hardware.slow_bfloat16() is slow
+        told = "in float32" if slow else "torch's default library"
+        assert hardware.describe()["cpu"]["bfloat16_products"] == told
+    finally:
+        for found in (hardware.cpu_features, hardware.narrow_products, hardware.slow_bfloat16):
             found.cache_clear()
 
 

@@ -75,6 +75,7 @@ def build(wanted: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
 
     from tunesmith.config import load_run
     from tunesmith.footprint import chosen, work_of
+    from tunesmith.model import allocator
     from tunesmith.prepare import attach_adapter, load_base, load_data, template_for
     from tunesmith.train.loop import Trainer
     from tunesmith.train.steps import make_plan
@@ -104,6 +105,7 @@ def build(wanted: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
 
     flags = {"model.path": wanted["model"], "data.train": wanted["rows"], **wanted["settings"]}
     run, _ = load_run(None, [], flags)
+    allocator.use()  # as the command does
     loaded = load_base(run.model)
     loaded.template = template_for(run, loaded.tokenizer)
     data = load_data(run, loaded.tokenizer, loaded.template)

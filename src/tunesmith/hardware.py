@@ -147,9 +147,17 @@ def narrow_products() -> bool:
 
 
 @cache
-def emulates_bfloat16() -> bool:
-    """Does this x86 processor only emulate bfloat16? Products in it then take 6 to 60 times those in float32."""
-    return "avx2" in cpu_features() and not cpu_features() & _BF16
+def slow_bfloat16() -> bool:
+    """Does this x86 processor multiply matrices faster in float32 than in bfloat16?
+
+    Most only emulate bfloat16, and take 6 to 60 times as long in it. In Intel's that were made for AMX, AVX-512's own
+    bfloat16 is slower than float32, and all that is left where AMX is hidden, as in many virtual machines
+    (docs/decisions.md).
+    """
+    features = cpu_features()
+    if not features & _BF16:
+        return "avx2" in features
+    return _cpu_vendor() == "GenuineIntel" and "avx512_fp16" in features and "amx_bf16" not in features
 
 
 def gpus() -> list[dict[str, Any]]:
@@ -190,7 +198,7 @@ def describe() -> dict[str, Any]:
             "torch_threads": torch.get_num_threads(),
             "recommended_dtype": recommended_dtype("cpu"),
             "float32_products": "oneDNN" if narrow_products() else "torch's default library",
-            "bfloat16_products": "in float32" if emulates_bfloat16() else "torch's default library",
+            "bfloat16_products": "in float32" if slow_bfloat16() else "torch's default library",
         },
         "memory": {"total_bytes": total, "available_bytes": available},
         "cuda": torch.version.cuda or torch.version.hip,

@@ -20,9 +20,9 @@ from tunesmith.model.matmul import (
     add_product,
     back,
     back_weight,
-    batched,
     linear,
     plain,
+    unrounded,
 )
 from tunesmith.model.quantize import quantize
 from tunesmith.quant.storage import Spec
@@ -41,7 +41,7 @@ def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
 @pytest.fixture(params=[False, True], ids=["native", "emulated"])
 def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the processor only emulates bfloat16; slices are small."""
-    monkeypatch.setattr(matmul, "emulates_bfloat16", lambda: request.param)
+    monkeypatch.setattr(matmul, "slow_bfloat16", lambda: request.param)
     monkeypatch.setattr(matmul, "SLICE", 600)
     return request.param
 
@@ -139,9 +139,20 @@ def test_in_bfloat16_a_product_is_rounded_once(tokens: int, bias: torch.Tensor |
     torch.testing.assert_close(back_weight(grad, x).double(), grad.double().t() @ x.double(), rtol=2**-8, atol=0.05)
     scaled = added.double() + 0.5 * (x.double() @ weight.double().t())
     torch.testing.assert_close(add_product(added, x, weight, 0.5).double(), scaled, rtol=2**-7, atol=0.05)
-    stack, other = torch.randn(3, 5, 7, generator=draw).bfloat16(), torch.randn(3, 7, 2, generator=draw).bfloat16()
-    torch.testing.assert_close(batched(stack, other).double(), stack.double() @ other.double(), **ulp)
     assert {t.dtype for t in (linear(x, weight), back(grad, weight), back_weight(grad, x))} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("rows", [3, 12, 13, 40])
+def test_logits_stay_in_float32_where_products_are_made_in_it(rows: int, emulated: bool) -> None:
+    draw = torch.Generator().manual_seed(2)
+    x, weight = (torch.randn(n, 48, generator=draw).bfloat16() for n in (7, rows))
+    y = unrounded(x, weight)
+    assert y.dtype == (torch.float32 if emulated else torch.bfloat16)
+    close = {"rtol": 1e-5, "atol": 1e-4} if emulated else {"rtol": 2**-8, "atol": 1e-2}
+    torch.testing.assert_close(y.double(), x.double() @ weight.double().t(), **close)
+    dx = back(y, weight)
+    assert dx.dtype == y.dtype
+    torch.testing.assert_close(dx.double(), y.double() @ weight.double(), rtol=close["rtol"], atol=0.2)
 
 
 def test_no_product_in_bfloat16_is_left_where_it_is_emulated(emulated: bool) -> None:
@@ -163,7 +174,7 @@ def test_no_product_in_bfloat16_is_left_where_it_is_emulated(emulated: bool) -> 
 def test_a_step_in_bfloat16_has_the_same_gradients(spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for emulated, dtype in ((True, torch.bfloat16), (False, torch.bfloat16), (False, torch.float64)):
-        monkeypatch.setattr(matmul, "emulates_bfloat16", lambda emulated=emulated: emulated)
+        monkeypatch.setattr(matmul, "slow_bfloat16", lambda emulated=emulated: emulated)
         model = build(TINY, torch.bfloat16).to(dtype)
         adapter = attach(model, spec)
         disturb(adapter)

@@ -118,8 +118,8 @@ void stack(const T* x, const int64_t* rows, O* out, int64_t batch, int64_t n, in
 }
 
 // The reverse: x (batch, kv, group, n, d) times scale to out (tokens, heads, d) at `rows`; every row occurs once.
-template <class T>
-void unstack(const T* x, const int64_t* rows, T* out, int64_t batch, int64_t n, int64_t kv, int64_t group, int64_t d, float scale) {
+template <class T, class O>
+void unstack(const T* x, const int64_t* rows, O* out, int64_t batch, int64_t n, int64_t kv, int64_t group, int64_t d, float scale) {
 #pragma omp parallel for schedule(static) collapse(2)
     for (int64_t b = 0; b < batch; b++)
         for (int64_t h = 0; h < kv * group; h++) {
@@ -127,7 +127,7 @@ void unstack(const T* x, const int64_t* rows, T* out, int64_t batch, int64_t n, 
             for (int64_t i = 0; i < n; i++) {
                 int64_t row = rows[b * n + i];
                 if (row < 0) continue;
-                T* o = out + (row * kv * group + h) * d;
+                O* o = out + (row * kv * group + h) * d;
 #pragma omp simd
                 for (int64_t j = 0; j < d; j++) store(o + j, load(a + i * d + j) * scale);
             }
@@ -247,6 +247,10 @@ void cross_entropy(T* logits, const int64_t* target, const float* weight, float*
     }                                                                                                                       \
     extern "C" void unstack_##NAME(const T* x, const int64_t* r, T* o, int64_t b, int64_t n, int64_t k, int64_t g,          \
                                    int64_t d, float s) {                                                                    \
+        unstack(x, r, o, b, n, k, g, d, s);                                                                                 \
+    }                                                                                                                       \
+    extern "C" void unstack_wide_##NAME(const float* x, const int64_t* r, T* o, int64_t b, int64_t n, int64_t k, int64_t g, \
+                                        int64_t d, float s) {                                                               \
         unstack(x, r, o, b, n, k, g, d, s);                                                                                 \
     }                                                                                                                       \
     extern "C" void gather_add_##NAME(const T* x, const int64_t* r, float* o, int64_t b, int64_t m, int64_t k, int64_t d,   \

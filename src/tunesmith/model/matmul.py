@@ -5,13 +5,12 @@ On a CPU, in float32, oneDNN asked directly is faster than torch's default libra
     few tokens, and a vocabulary's rows   without gradients
     every product                         where the default library leaves the processor's wide vectors unused
 
-In bfloat16, where the processor only emulates it, a product is made of float32 copies, of a slice of W at a time, and
-rounded once: what an emulated one comes to as well, many times faster.
+In bfloat16, where the processor emulates it or is slow in it, a product is made of float32 copies, of a slice of W at a
+time, and rounded once: what the processor's own comes to as well, up to many times faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from tunesmith.hardware import emulates_bfloat16, narrow_products
+from tunesmith.hardware import narrow_products, slow_bfloat16
 from tunesmith.model.native import kernels_for
 
 SHORT, TALL = 64, 8192  # tokens up to which, and rows of W from which, oneDNN reads W faster
@@ -31,7 +30,7 @@ SLICE = 4 << 20  # weights whose float32 copy exists at once
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """W x + b for x (tokens, columns) -> (tokens, rows)."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        own = _emulated(x, weight) or _possible(x, weight) and narrow_products()
+        own = widened(x, weight) or _possible(x, weight) and narrow_products()
         return _Linear.apply(x, weight, bias) if own else functional.linear(x, weight, bias)
     if (len(x) <= SHORT or len(weight) >= TALL) and _possible(x, weight):
         return _onednn(x, weight, bias)
@@ -40,23 +39,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same, in the way that is taken where gradients are asked for; it has none itself."""
-    if len(x) > VECTORS and _emulated(x, weight):
-        wide = x.float()
-        parts = [functional.linear(wide, part.float()) for _, part in _slices(weight)]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if len(x) > VECTORS and widened(x, weight):
+        y = _wide_product(x, weight)
         return (y if bias is None else y + bias).to(x.dtype)
     if _possible(x, weight) and narrow_products():
         return _onednn(x, weight, bias)
     return functional.linear(x, weight, bias)
 
 
+def unrounded(x: Tensor, weight: Tensor) -> Tensor:
+    """W x, (tokens, rows), in float32 where the product is made there anyhow, else in x's type; it has no gradient."""
+    return _wide_product(x, weight) if widened(x, weight) else linear(x, weight)
+
+
 def back(grad: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of x, (tokens, columns), for that of W x, (tokens, rows); it has none itself."""
-    if _emulated(grad, weight):
-        wide = torch.zeros(len(grad), weight.shape[1], device=grad.device)
-        for rows, part in _slices(weight):
-            wide.addmm_(grad[:, rows].float(), part.float())
-        return wide.to(grad.dtype)
+    """The gradient of x, (tokens, columns), for that of W x, (tokens, rows); it has none itself.
+
+    It is of the type of `grad`, which may be what `unrounded` gave.
+    """
+    if widened(grad, weight) or grad.dtype == torch.float32 and weight.dtype == torch.bfloat16:
+        return _wide_back(grad, weight).to(grad.dtype)
     if _possible(grad, weight) and narrow_products():
         return _onednn(grad, weight.t())
     return grad @ weight
@@ -64,7 +66,7 @@ def back(grad: Tensor, weight: Tensor) -> Tensor:
 
 def back_weight(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of W, (rows, columns), for that of W x and x, (tokens, columns); it has none itself."""
-    if _emulated(grad, x):
+    if widened(grad, x):
         return (grad.float().t() @ x.float()).to(grad.dtype)
     if _possible(grad, x) and narrow_products():
         return _onednn(grad.t(), x.t())
@@ -73,14 +75,17 @@ def back_weight(grad: Tensor, x: Tensor) -> Tensor:
 
 def add_product(value: Tensor, x: Tensor, weight: Tensor, scale: float) -> Tensor:
     """value + scale * W x for x (tokens, columns), value (tokens, rows)."""
-    if _emulated(x, weight):
+    if widened(x, weight):
         return torch.add(value, linear(x, weight), alpha=scale)
     return torch.addmm(value, x, weight.t(), alpha=scale)
 
 
-def batched(a: Tensor, b: Tensor) -> Tensor:
-    """a b, (n, rows, columns), for stacks of matrices; it has no gradient."""
-    return torch.bmm(a.float(), b.float()).to(a.dtype) if _emulated(a, b) else torch.bmm(a, b)
+def widened(x: Tensor, other: Tensor) -> bool:
+    """Are both bfloat16, on a processor (or planned for one) that is faster in float32, and so multiplies in it?"""
+    if x.dtype != torch.bfloat16 or other.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        return False
+    here = x.is_cpu and other.is_cpu or x.is_meta and other.is_meta and kernels_for(x.new_empty(0)) is not None
+    return here and len(x) > 0 and slow_bfloat16()
 
 
 class _Linear(torch.autograd.Function):
@@ -102,20 +107,31 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def _emulated(x: Tensor, other: Tensor) -> bool:
-    """Are both bfloat16, on a processor (or planned for one) that only emulates it?"""
-    if x.dtype != torch.bfloat16 or other.dtype != torch.bfloat16 or torch.compiler.is_compiling():
-        return False
-    here = x.is_cpu and other.is_cpu or x.is_meta and other.is_meta and kernels_for(x.new_empty(0)) is not None
-    return here and len(x) > 0 and emulates_bfloat16()
-
-
-def _slices(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of a weight with at most SLICE numbers, and which they are."""
-    size = max(1, SLICE // weight.shape[1])
+def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """W x in float32; of W a slice's copy exists at once."""
+    wide, size = x.float(), _slice_size(weight)
+    if size >= len(weight):
+        return functional.linear(wide, weight.float())
+    y = wide.new_empty(len(x), len(weight))
     for start in range(0, len(weight), size):
         rows = slice(start, start + size)
-        yield rows, weight[rows]
+        torch.mm(wide, weight[rows].float().t(), out=y[:, rows])
+    return y
+
+
+def _wide_back(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad W in float32, likewise."""
+    size = _slice_size(weight)
+    found = grad[:, :size].float() @ weight[:size].float()
+    for start in range(size, len(weight), size):
+        rows = slice(start, start + size)
+        found.addmm_(grad[:, rows].float(), weight[rows].float())
+    return found
+
+
+def _slice_size(weight: Tensor) -> int:
+    """How many of its rows have at most SLICE numbers."""
+    return max(1, SLICE // weight.shape[1])
 
 
 def _possible(x: Tensor, weight: Tensor) -> bool:

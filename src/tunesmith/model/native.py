@@ -89,9 +89,10 @@ class Kernels:
         return out
 
     def unstack(self, x: Tensor, rows: Tensor, out: Tensor, kv_heads: int, *, scale: float = 1.0) -> None:
-        """The reverse of `stack`, into `out` (tokens, heads, d); rows of -1 are dropped."""
+        """The reverse of `stack`, into `out` (tokens, heads, d); rows of -1 are dropped; x may be float32."""
         (batch, n), (_, heads, width) = rows.shape, out.shape
-        self.call("unstack", x.dtype, x, rows, out, batch, n, kv_heads, heads // kv_heads, width, scale)
+        name = "unstack" if x.dtype == out.dtype else "unstack_wide"
+        self.call(name, out.dtype, x, rows, out, batch, n, kv_heads, heads // kv_heads, width, scale)
 
     def gather_add(self, x: Tensor, rows: Tensor, out: Tensor, *, scale: float = 1.0) -> None:
         """Add x (batch * kv_heads, m, d) to the rows (batch, m) of `out` (tokens, kv_heads, d), float32."""

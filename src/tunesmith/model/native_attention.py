@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tunesmith.errors import ModelError
-from tunesmith.model.matmul import batched
+from tunesmith.model.matmul import widened
 from tunesmith.model.native import Kernels, kernels_for
 
 KEPT_KEYS = 512  # tiles of at most so many keys may keep their probabilities for the backward
@@ -31,7 +31,7 @@ class NativeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sizes: Sequence[int], keep: bool, *tiles: Tensor) -> Tensor:
         """(tokens, heads, head_dim)."""
-        kernels, kv_heads, merged = _kernels(q), k.shape[1], len(sizes) > 1
+        kernels, kv_heads, merged, wide = _kernels(q), k.shape[1], len(sizes) > 1, widened(q, k)
         keep = keep and any(ctx.needs_input_grad)
         kept, found = [], []
         for part in _split(tiles, sizes):
@@ -39,8 +39,8 @@ class NativeAttention(torch.autograd.Function):
             sums = q.new_full((*q.shape[:2], 1), -math.inf, dtype=torch.float32) if merged else None
             for queries, keys, visible in batches(part):
                 p = _probabilities(kernels, q, k, queries, keys, visible, sums)
-                kernels.unstack(batched(p, kernels.stack(v, keys, kv_heads)), queries, out, kv_heads)
-                kept.append(p if keep and keys.shape[1] <= KEPT_KEYS else q.new_empty(0))
+                kernels.unstack(torch.bmm(p, kernels.stack(v, keys, kv_heads, wide=wide)), queries, out, kv_heads)
+                kept.append(p.to(q.dtype) if keep and keys.shape[1] <= KEPT_KEYS else q.new_empty(0))
             found.append((out, sums))
         out, weights = _merged(found)
         ctx.save_for_backward(q, k, v, *([out] if merged else []), *weights, *tiles, *kept)
@@ -98,18 +98,20 @@ def _backward(
     found: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Write one part's gradient of q, and add those of k and v, in `found`; `inner` as in `softmax_backward`."""
-    kernels, kv_heads, scale = _kernels(q), k.shape[1], 1 / math.sqrt(q.shape[-1])
+    kernels, kv_heads, scale, wide = _kernels(q), k.shape[1], 1 / math.sqrt(q.shape[-1]), widened(q, k)
     dq, dk, dv = found
     for (queries, keys, visible), saved in zip(batches(tiles), kept, strict=True):
         p = saved if len(saved) else _probabilities(kernels, q, k, queries, keys, visible, None)
-        gs = kernels.stack(grad, queries, kv_heads)
-        kernels.gather_add(batched(p.transpose(1, 2), gs), keys, dv)
-        dp = batched(gs, kernels.stack(v, keys, kv_heads).transpose(1, 2))
+        p = p.float() if wide else p
+        gs = kernels.stack(grad, queries, kv_heads, wide=wide)
+        kernels.gather_add(torch.bmm(p.transpose(1, 2), gs), keys, dv)
+        dp = torch.bmm(gs, kernels.stack(v, keys, kv_heads, wide=wide).transpose(1, 2))
         ds = kernels.softmax_backward(
             p, dp, visible, None if inner is None else kernels.stack(inner, queries, kv_heads)
         )
-        kernels.unstack(batched(ds, kernels.stack(k, keys, kv_heads)), queries, dq, kv_heads, scale=scale)
-        kernels.gather_add(batched(ds.transpose(1, 2), kernels.stack(q, queries, kv_heads)), keys, dk, scale=scale)
+        kernels.unstack(torch.bmm(ds, kernels.stack(k, keys, kv_heads, wide=wide)), queries, dq, kv_heads, scale=scale)
+        qs = kernels.stack(q, queries, kv_heads, wide=wide)
+        kernels.gather_add(torch.bmm(ds.transpose(1, 2), qs), keys, dk, scale=scale)
 
 
 def _kernels(x: Tensor) -> Kernels:
@@ -124,14 +126,17 @@ def _probabilities(
 ) -> Tensor:
     """Softmax of one batch of tiles, (batch * kv_heads, group * n, m), from scores that stay in float32.
 
+    In q's type, or in float32 where products are made in it.
+
     Its rows' log-sum-exps go to `sums`, (tokens, heads, 1).
     """
     kv_heads, scale = k.shape[1], 1 / math.sqrt(q.shape[-1])
+    dtype = torch.float32 if widened(q, k) else q.dtype
     qs = kernels.stack(q, queries, kv_heads, scale=scale, wide=True)
     scores = torch.bmm(qs, kernels.stack(k, keys, kv_heads, wide=True).transpose(1, 2))
     if sums is None:
-        return kernels.softmax(scores, visible, q.dtype)
+        return kernels.softmax(scores, visible, dtype)
     found = torch.empty(*scores.shape[:2], 1)
-    p = kernels.softmax(scores, visible, q.dtype, found)
+    p = kernels.softmax(scores, visible, dtype, found)
     kernels.unstack(found, queries, sums, kv_heads)
     return p

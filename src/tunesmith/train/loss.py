@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from tunesmith.data.pack import Pack
 from tunesmith.model.llama import HEAD_ROWS, Llama
-from tunesmith.model.matmul import back, linear
+from tunesmith.model.matmul import back, unrounded
 from tunesmith.model.native import kernels_for
 from tunesmith.model.seam import Context
 
@@ -54,7 +54,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(rows), HEAD_ROWS):
             part = slice(start, start + HEAD_ROWS)
             if kernels is not None and grad_rows is not None:
-                logits = linear(rows[part], head.weight)
+                logits = unrounded(rows[part], head.weight)
                 total += kernels.cross_entropy(logits, target[part], weight[part]).sum()
                 grad_rows[part] = back(logits, head.weight)  # the logits have become their gradient
                 continue
