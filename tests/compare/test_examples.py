@@ -70,7 +70,7 @@ def test_sentiment_crosses_rows_with_virtual_tokens_and_with_dropout() -> None:
 def test_adapter_report_crosses_versions_with_attention() -> None:
     found = grid("adapter-report")
     patterns = {(c.method, c.run.model.attention and c.run.model.attention.pattern) for c in found.cells}
-    assert patterns == {(v, p) for v in ("v1", "v2") for p in (None, "local", "strided", "fixed", "factorized", "s2")}
+    assert patterns == {(v, p) for v in ("v1", "v2") for p in (None, "local", "strided", "fixed", "s2")}
 
 
 @pytest.mark.parametrize("name", ["forgets-gsm8k", "forgets-text"])
