@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -116,13 +117,15 @@ def _verify(
     info, no_info = _try(lambda: read_info(adapter))
     tensors, no_tensors = _try(lambda: read_tensors(info.weights)) if info else (None, no_info)
     identity, no_base = _try(lambda: model_identity(base))
-    tokenizer, no_tokenizer = _try(lambda: load_tokenizer(base))
     config, _ = _try(lambda: load_config(base))
-    rows = probe or (make_probe(built_in_rows(tokenizer, config)) if config else None)
     answer, not_loaded = None, no_info or no_base
-    if info is not None and identity is not None and rows is not None:
-        request = _request(base, adapter, probe, dtype)
-        answer, not_loaded = _try(lambda: (replay_in_child if fresh else replay)(request, rows))
+    with ThreadPoolExecutor(1) as pool:  # the tokenizer is read while the fresh process works
+        reading = pool.submit(_try, lambda: load_tokenizer(base))
+        rows = probe or (make_probe(built_in_rows(reading.result()[0], config)) if config else None)
+        if info is not None and identity is not None and rows is not None:
+            request = _request(base, adapter, probe, dtype)
+            answer, not_loaded = _try(lambda: (replay_in_child if fresh else replay)(request, rows))
+        tokenizer, no_tokenizer = reading.result()
     evidence = Evidence(
         adapter=adapter,
         base=base,
