@@ -121,10 +121,15 @@ class Runner:
                     entry["runs"].append(record)
                     if not usable(record) and not mode.ours:
                         out_of_it.add(mode.name)
-                    self.save()
+                    self._sum_up(entry, ours, lean)
         self._held_out(job, facts, entry)
+        self._sum_up(entry, ours, lean)
+
+    def _sum_up(self, entry: Record, ours: Mode, lean: Sequence[Mode]) -> None:
+        """The medians and ratios of the runs so far, written: a run that is stopped leaves them."""
         entry["summary"] = summarise(entry["runs"], ours.name)
         entry["lean"] = {mode.name: against(entry["runs"], mode.name) for mode in lean}
+        self.save()
 
     def _prepare(self, job: Job) -> Record:
         """The job's files and what is known of them. Raises BenchError."""

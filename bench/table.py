@@ -26,12 +26,18 @@ def write(name: str, text: str, docs: Path = DOCS) -> None:
 
 
 def page(results: Mapping[str, Any] | None) -> str:
-    """All that a results file holds, as Markdown."""
+    """All that a results file holds, as Markdown: above jobs of one command, the machine as it was then."""
     if not results or not results.get("jobs"):
         return NOTHING
     jobs: Mapping[str, Any] = results["jobs"]
-    parts = [machine(next((entry["machine"] for entry in jobs.values() if entry.get("machine")), None))]
-    parts += [job(name, entry) for name, entry in jobs.items()]
+    parts: list[str] = []
+    shown = None
+    for name, entry in jobs.items():
+        facts = entry.get("machine")
+        if not parts or facts and facts != shown:
+            parts.append(machine(facts))
+            shown = facts
+        parts.append(job(name, entry))
     return "\n\n".join(parts)
 
 
@@ -148,11 +154,16 @@ def profile(results: Mapping[str, Any] | None) -> str:
     total = sum(results["parts"].values())
     rows = [(part, f"{ms:,.0f}", f"{ms / total:.1%}") for part, ms in results["parts"].items()]
     said = (
-        f"{results['about']}: {results['tokens_per_s']:,.0f} tokens/s, {results['step_s']:.2f} s a step. Its matrix "
-        f"products alone, at the speed measured for each shape, would take {results['ceiling_s']:.2f} s: the step "
+        f"{results['about']}{_on(results)}: {results['tokens_per_s']:,.0f} tokens/s, {results['step_s']:.2f} s a step. "
+        f"Its matrix products alone, at the speed measured for each shape, would take {results['ceiling_s']:.2f} s: the step "
         f"reaches **{results['share']:.0%}** of that ceiling. The parts are from a profiled, slower step."
     )
     return f"{said}\n\n{grid(('part', 'ms a step', 'share'), rows)}"
+
+
+def _on(results: Mapping[str, Any]) -> str:
+    facts = results.get("machine") or {}
+    return f", on {facts['cpu']} with {facts['threads']} threads" if "cpu" in facts else ""
 
 
 def grid(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from bench import table
 from bench.children.profile_ours import PYTHON, ceiling_seconds, part_of
+from bench.jobs import JOBS, MODES
 from bench.process import Finished
 from bench.results import against, check_work, ratios, summarise, training_record
+from bench.runner import Options, Runner, read_results
 
 FACTS = {"tokens": 600, "supervised": 300, "data_sha256": "a"}
 
@@ -90,6 +92,36 @@ def test_the_page_says_what_was_not_measured() -> None:
     assert "gone: not measured: could not be installed: no \\| wheel" in text
     assert "not measured: needs a folder" in text
     assert table.page(None) == table.page({"jobs": {}}) == table.profile(None) == "not measured"
+
+
+def test_a_run_that_is_stopped_leaves_the_table_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, left = Runner(Options(out=tmp_path / "results.json", model="", rounds=3, tune_rows=0)), runs()[:3]
+
+    def measure(job: Any, mode: Any, facts: Any, *, seed: int, pair: str) -> dict[str, Any]:
+        if not left:
+            raise KeyboardInterrupt
+        return {**left.pop(0), "mode": mode.name, "ours": mode.ours, "pair": pair}
+
+    found = {"_prepare": {}, "machine": {}, "_present": ([MODES["ours"], MODES["hf-mb4"]], {})}
+    for name, value in found.items():
+        monkeypatch.setattr(runner, name, lambda *_, value=value: value)
+    monkeypatch.setattr(runner, "measure", measure)
+    monkeypatch.setattr(runner.envs, "refresh_ours", lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run([JOBS["alpaca"]])
+    text = table.page(read_results(tmp_path / "results.json"))
+    assert "| ours (2) |" in text and "| hf-mb4 (1) |" in text
+
+
+def test_each_machine_stands_above_the_jobs_that_it_ran() -> None:
+    def entry(name: str) -> dict[str, Any]:
+        facts = {"cpu": name, "cores": 2, "threads": 2}
+        return {"about": "A job", "date": "2000-01-01", "machine": facts, "runs": [], "summary": {}}
+
+    text = table.page({"jobs": {"a": entry("One"), "b": entry("One"), "c": entry("Two")}})
+    places = [text.index(f"### {name}") for name in "abc"]
+    assert text.count("| processor | One,") == text.count("| processor | Two,") == 1
+    assert text.index("One,") < places[0] < places[1] < text.index("Two,") < places[2]
 
 
 def test_tables_go_between_their_markers(tmp_path: Path) -> None:
