@@ -155,8 +155,8 @@ def profile(results: Mapping[str, Any] | None) -> str:
     rows = [(part, f"{ms:,.0f}", f"{ms / total:.1%}") for part, ms in results["parts"].items()]
     said = (
         f"{results['about']}{_on(results)}: {results['tokens_per_s']:,.0f} tokens/s, {results['step_s']:.2f} s a step. "
-        f"Its matrix products alone, at the speed measured for each shape, would take {results['ceiling_s']:.2f} s: the step "
-        f"reaches **{results['share']:.0%}** of that ceiling. The parts are from a profiled, slower step."
+        f"Its matrix products alone, at the speed measured for each shape, would take {results['ceiling_s']:.2f} s: "
+        f"the step reaches **{results['share']:.0%}** of that ceiling. The parts are from a profiled, slower step."
     )
     return f"{said}\n\n{grid(('part', 'ms a step', 'share'), rows)}"
 
