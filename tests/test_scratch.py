@@ -89,7 +89,7 @@ def test_a_run_from_scratch_is_saved_verified_and_used(
     assert command("generate", moved, "--prompt", "A joy.", "--max-new-tokens", 2)[0] == 0
     code, _, err = command("merge", moved, "--out", tmp_path / "model", "--dtype", "float32")
     assert code == 0, err
-    loaded, alone = api.load(moved), api.load(tmp_path / "model")
+    loaded, alone = api.load(moved), api.load(tmp_path / "model", dtype="float32")
     for (name, ours), theirs in zip(loaded.model.state_dict().items(), alone.model.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
 

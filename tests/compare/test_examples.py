@@ -16,7 +16,7 @@ GRIDS = ROOT / "examples" / "grids"
 CELLS = {
     "quick": 3,
     "sentiment": 3 * 3 + 3 * 3,
-    "adapter-report": 2 * 6,
+    "adapter-report": 2 * 5,
     "forgets-gsm8k": 3 + 4 + 1,
     "forgets-text": 3 + 4 + 1,
     "zero-init": 2 * 4,
