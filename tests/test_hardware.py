@@ -31,6 +31,21 @@ def test_dtype_of_a_cpu(features, expected, monkeypatch):
     assert hardware.recommended_dtype() == hardware.recommended_dtype(torch.device("cpu")) == expected
 
 
+@pytest.fixture
+def processor(vendor, features, monkeypatch):
+    """Linux on a processor of `vendor` with `features`; what was found of this one is forgotten before and after."""
+    lines = {"vendor_id": vendor, "flags": " ".join(features)}
+    monkeypatch.setattr(hardware, "_cpu_line", lambda *names: next((lines[n] for n in names if n in lines), None))
+    monkeypatch.setattr(hardware.platform, "processor", lambda: "arm")
+    found = (hardware.cpu_features, hardware.narrow_products, hardware.slow_bfloat16)
+    for each in found:
+        each.cache_clear()
+    yield
+    for each in found:
+        each.cache_clear()
+
+
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize(
     ("vendor", "features", "expected"),
     [
@@ -40,20 +55,12 @@ def test_dtype_of_a_cpu(features, expected, monkeypatch):
         (None, {"neon"}, False),
     ],
 )
-def test_where_the_default_library_uses_half_of_the_vectors(vendor, features, expected, monkeypatch):
-    lines = {"vendor_id": vendor, "flags": " ".join(features)}
-    monkeypatch.setattr(hardware, "_cpu_line", lambda *names: next((lines[n] for n in names if n in lines), None))
-    monkeypatch.setattr(hardware.platform, "processor", lambda: "arm")
-    for found in (hardware.cpu_features, hardware.narrow_products, hardware.slow_bfloat16):
-        found.cache_clear()
-    try:
-        assert hardware.narrow_products() is expected
-        assert hardware.describe()["cpu"]["float32_products"] == ("oneDNN" if expected else "torch's default library")
-    finally:
-        for found in (hardware.cpu_features, hardware.narrow_products, hardware.slow_bfloat16):
-            found.cache_clear()
+def test_where_the_default_library_uses_half_of_the_vectors(vendor, features, expected):
+    assert hardware.narrow_products() is expected
+    assert hardware.describe()["cpu"]["float32_products"] == ("oneDNN" if expected else "torch's default library")
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize(
     ("vendor", "features", "slow"),
     [
@@ -67,19 +74,10 @@ def test_where_the_default_library_uses_half_of_the_vectors(vendor, features, ex
         (None, {"neon"}, False),
     ],
 )
-def test_where_bfloat16_is_slower_than_float32(vendor, features, slow, monkeypatch):
-    lines = {"vendor_id": vendor, "flags": " ".join(features)}
-    monkeypatch.setattr(hardware, "_cpu_line", lambda *names: next((lines[n] for n in names if n in lines), None))
-    monkeypatch.setattr(hardware.platform, "processor", lambda: "arm")
-    for found in (hardware.cpu_features, hardware.narrow_products, hardware.slow_bfloat16):
-        found.cache_clear()
-    try:
-        assert hardware.slow_bfloat16() is slow
-        told = "in float32" if slow else "torch's default library"
-        assert hardware.describe()["cpu"]["bfloat16_products"] == told
-    finally:
-        for found in (hardware.cpu_features, hardware.narrow_products, hardware.slow_bfloat16):
-            found.cache_clear()
+def test_where_bfloat16_is_slower_than_float32(vendor, features, slow):
+    assert hardware.slow_bfloat16() is slow
+    told = "in float32" if slow else "torch's default library"
+    assert hardware.describe()["cpu"]["bfloat16_products"] == told
 
 
 def test_a_windows_processor_names_its_vendor(monkeypatch):

@@ -40,7 +40,7 @@ def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
 
 @pytest.fixture(params=[False, True], ids=["native", "emulated"])
 def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the processor only emulates bfloat16; slices are small."""
+    """Whether the processor is slower in bfloat16, as where it emulates it; slices are small."""
     monkeypatch.setattr(matmul, "slow_bfloat16", lambda: request.param)
     monkeypatch.setattr(matmul, "SLICE", 600)
     return request.param
@@ -152,7 +152,8 @@ def test_logits_stay_in_float32_where_products_are_made_in_it(rows: int, emulate
     torch.testing.assert_close(y.double(), x.double() @ weight.double().t(), **close)
     dx = back(y, weight)
     assert dx.dtype == y.dtype
-    torch.testing.assert_close(dx.double(), y.double() @ weight.double(), rtol=close["rtol"], atol=0.2)
+    close["atol"] = 1e-3 if emulated else 0.2  # sums of up to 40 numbers
+    torch.testing.assert_close(dx.double(), y.double() @ weight.double(), **close)
 
 
 def test_no_product_in_bfloat16_is_left_where_it_is_emulated(emulated: bool) -> None:

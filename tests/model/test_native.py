@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tunesmith.errors import ConfigError
-from tunesmith.model import fused, native
+from tunesmith.model import fused, matmul, native
 from tunesmith.model.attention import attend
 from tunesmith.model.layout import Layout
 
@@ -50,8 +50,12 @@ def test_a_kernel_is_its_formula(function, dtype: torch.dtype) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("slow", [False, True], ids=["as it is", "products in float32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_native_attention_is_the_dense_formula(dtype: torch.dtype, window: int | None) -> None:
+def test_native_attention_is_the_dense_formula(
+    dtype: torch.dtype, slow: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matmul, "slow_bfloat16", lambda: slow)
     torch.manual_seed(1)
     layout = Layout.of([11, 600, 3, 40, 1], [-1, 0, 0, 2, -1])  # one tile beyond KEPT_KEYS: its backward starts anew
     shapes = [(layout.tokens, heads, 32) for heads in (6, 2, 2)]

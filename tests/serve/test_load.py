@@ -102,6 +102,11 @@ def state(live: Live) -> dict[str, int]:
     }
 
 
+def at_least(found: dict[str, int], before: dict[str, int]) -> dict[str, int]:
+    """`found`, but for descriptors that were open before and have been closed: they are no leak."""
+    return {**found, "descriptors": max(found["descriptors"], before["descriptors"])}
+
+
 def test_nobody_gets_anothers_answer_and_nothing_stays_behind(start: Starter) -> None:
     live = start(limits=Limits(answers=16, waiting=256))
     with httpx.Client(base_url=live.url, headers=HEADERS, timeout=60) as client:
@@ -119,9 +124,8 @@ def test_nobody_gets_anothers_answer_and_nothing_stays_behind(start: Starter) ->
         answer = expected[model, number % 10]
         assert text == answer if whole else answer.startswith(text)
     end = time.monotonic() + 20
-    while (after := state(live)) != before and time.monotonic() < end:
+    while (after := at_least(state(live), before)) != before and time.monotonic() < end:
         time.sleep(0.1)
-    assert after.pop("descriptors") <= before.pop("descriptors")  # those of before may have been closed
     assert after == before
     text = live.metrics.text().decode()
     assert 'tunesmith_prompts_total{model="alpha",outcome="answered"}' in text

@@ -5,8 +5,8 @@ On a CPU, in float32, oneDNN asked directly is faster than torch's default libra
     few tokens, and a vocabulary's rows   without gradients
     every product                         where the default library leaves the processor's wide vectors unused
 
-In bfloat16, where the processor emulates it or is slow in it, a product is made of float32 copies, of a slice of W at a
-time, and rounded once: what the processor's own comes to as well, up to many times faster.
+In bfloat16, where the processor is slower in it or only emulates it, a product is made of float32 copies, of a slice of
+W at a time, and rounded once, which is what the processor's own comes to as well.
 """
 
 from __future__ import annotations
