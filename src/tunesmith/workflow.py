@@ -30,6 +30,7 @@ from tunesmith.evaluate.language_model import language_model_metrics
 from tunesmith.evaluate.run import find_metric, measure
 from tunesmith.evaluate.subject import Subject
 from tunesmith.evaluate.trained import unknown_labels
+from tunesmith.export.replay import fresh_process
 from tunesmith.export.verify import verify_run, write_probe
 from tunesmith.files import atomic_folder, atomic_write_json, atomic_write_text
 from tunesmith.folders import as_begun, run_folder
@@ -123,8 +124,9 @@ def train_run(run: Run, console: Console, loaded: Loaded | None = None) -> Outco
     after = _train(run, plan, loaded, adapter, data, before, folder, checkpoint, console)
     give_back_memory()  # the optimizer's, before the base is read again for verification
     samples = _answers(run, loaded, data, shown, "after")
-    save_run_adapter(run, loaded, adapter, data, folder)
-    report = verify_run(folder, base=loaded.path)
+    with fresh_process() as child:  # it starts while the adapter is saved
+        save_run_adapter(run, loaded, adapter, data, folder)
+        report = verify_run(folder, base=loaded.path, child=child)
     seconds = time.perf_counter() - began
     checks = [f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.detail}" for check in report.checks]
     outcome = Outcome(folder, before, after, samples, checks, seconds)

@@ -6,8 +6,10 @@ configuration, 3 out of memory or disk, 4 a check failed, 130 interrupted.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import functools
+import gc
 import json
 import os
 import sys
@@ -52,6 +54,7 @@ app = typer.Typer(
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command (`args` defaults to the process's own) and return its exit code."""
     share_cores()
+    atexit.register(gc.freeze)  # else the interpreter walks through all of torch once more: half a second at each end
     try:
         typer.main.get_command(app)(args=None if args is None else list(args), prog_name="tunesmith")
     except SystemExit as end:

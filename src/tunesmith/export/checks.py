@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that was found out before judging; an `_error` says why the value beside it is None."""
+    """What is judged; an `_error` says why the value beside it is None.
+
+    `answer` may still be on its way: a check that asks for it waits.
+    """
 
     adapter: Path
     base: Path
@@ -51,10 +55,19 @@ class Evidence:
     tokenizer_error: str | None
     probe: Probe | None
     probe_error: str | None
-    answer: Answer | None
-    answer_error: str | None
+    replayed: Future[tuple[Answer | None, str | None]]
     fresh: bool
     run_dtype: str | None
+
+    @property
+    def answer(self) -> Answer | None:
+        """What base and adapter compute when they are loaded again; None where they do not load."""
+        return self.replayed.result()[0]
+
+    @property
+    def answer_error(self) -> str | None:
+        """Why there is no answer."""
+        return self.replayed.result()[1]
 
 
 SAVE_AGAIN = "train again from the last checkpoint, or copy the folder again from where it was whole"

@@ -21,7 +21,7 @@ from tunesmith.data.encode import encode_prompt
 from tunesmith.data.schemas import chat_row
 from tunesmith.data.segments import Template
 from tunesmith.errors import VerificationError
-from tunesmith.export.child import run_child
+from tunesmith.export.child import Child
 from tunesmith.export.gguf_tokenizer import TEXTS
 from tunesmith.export.probe import Probe, logits_at
 from tunesmith.export.readers import LIBRARIES
@@ -100,7 +100,8 @@ def read(asked: Asked) -> Read:
             "threads": torch.get_num_threads(),
         }  # fmt: skip
         atomic_write_json(folder / "request.json", request)
-        _, last = run_child("tunesmith.export.readers", name, _ENVIRONMENT)
+        with Child("tunesmith.export.readers", _ENVIRONMENT) as child:
+            _, last = child.ask(name)
         if not (folder / "answer.json").is_file():
             raise VerificationError(f"{asked.path}: {asked.reader} does not read it ({last[:300]})")
         answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Other projects' readers on what was exported: `python -m tunesmith.export.readers FOLDER`, a process of its own.
+"""Other projects' readers on what was exported: `python -m tunesmith.export.readers`, a process of its own (child.py).
 
 FOLDER/request.json says which reader, on which files, what to compute; the answer is FOLDER/answer.json, with logits in
 answer.safetensors. transformers and PEFT compute logits; llama.cpp, which is asked through its own server on loopback,
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tunesmith.export.child import asked_folder
 from tunesmith.files import atomic_save_safetensors, atomic_write_json
 
 TOP = 10  # tokens whose log-probabilities llama.cpp is asked for
@@ -145,4 +146,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(asked_folder())

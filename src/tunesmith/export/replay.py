@@ -1,4 +1,4 @@
-"""Load base and adapter afresh and compute the probe's logits: `python -m tunesmith.export.replay FOLDER` in a child.
+"""Load base and adapter afresh and compute the probe's logits: `python -m tunesmith.export.replay` in a child.
 
 FOLDER/request.json says what to load, FOLDER/probe.safetensors holds the probe; the child writes answer.safetensors or
 error.json there. A fresh process cannot lean on anything that the live model left in memory.
@@ -19,7 +19,7 @@ from torch import Tensor
 from tunesmith.adapters import open_method
 from tunesmith.adapters.peft_format import load_adapter, read_info, use_attention
 from tunesmith.errors import TunesmithError, VerificationError
-from tunesmith.export.child import run_child
+from tunesmith.export.child import Child, asked_folder
 from tunesmith.export.probe import Probe, image_tensors, logits_at, read_probe
 from tunesmith.files import atomic_save_safetensors, atomic_write_json
 from tunesmith.model.load import load_model
@@ -63,16 +63,24 @@ def replay(request: Request, probe: Probe) -> Answer:
     return Answer(bare, logits_at(model, probe, None))
 
 
-def replay_in_child(request: Request, probe: Probe) -> Answer:
-    """`replay` in a new Python process. Raises VerificationError with the child's own one-line error."""
-    with tempfile.TemporaryDirectory(prefix="tunesmith-verify-") as name:
+def fresh_process() -> Child:
+    """A new Python process that can carry out `replay`, and is ready for it sooner the sooner it is started."""
+    return Child("tunesmith.export.replay")
+
+
+def replay_in_child(request: Request, probe: Probe, child: Child | None = None) -> Answer:
+    """`replay` in a new Python process: `child`, if one is there already, which then ends.
+
+    Raises VerificationError with the child's own one-line error.
+    """
+    with child or fresh_process() as child, tempfile.TemporaryDirectory(prefix="tunesmith-verify-") as name:
         folder = Path(name)
         atomic_write_json(folder / "request.json", asdict(request))
         live = torch.zeros(0) if probe.live is None else probe.live
         tensors = {"tokens": probe.tokens, "positions": probe.positions, "lengths": torch.tensor(probe.lengths)}
         tensors |= image_tensors(probe)
         atomic_save_safetensors(folder / "probe.safetensors", {**tensors, "live": live})
-        code, last = run_child("tunesmith.export.replay", name)
+        code, last = child.ask(name)
         if (folder / "error.json").is_file():
             raise VerificationError(json.loads((folder / "error.json").read_text(encoding="utf-8"))["message"])
         if code or not (folder / "answer.safetensors").is_file():
@@ -99,4 +107,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(asked_folder())
+    sys.stderr.flush()
+    os._exit(0)  # the answer is on the disk, and half a second of taking everything down tells nobody anything

@@ -1,14 +1,14 @@
 """Verify that what was saved does what was trained.
 
 gather the evidence: files, base, tokenizer, a fresh process that loads base and adapter and computes the probe's rows
-hold it against CHECKS, a table of small functions -> VerifyReport -> RUN/verify.json
+hold it against CHECKS, a table of small functions, each as soon as it can -> VerifyReport -> RUN/verify.json
 """
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,12 +24,13 @@ from tunesmith.config.source import read as read_yaml
 from tunesmith.data.catalog import resolve_model
 from tunesmith.errors import AdapterError, TunesmithError, VerificationError
 from tunesmith.export.checks import CHECKS, Check, Evidence
+from tunesmith.export.child import Child
 from tunesmith.export.probe import PROBE, Probe, built_in_rows, make_probe, read_probe, write_probe
-from tunesmith.export.replay import Request, replay, replay_in_child
+from tunesmith.export.replay import Answer, Request, replay, replay_in_child
 from tunesmith.files import atomic_write_json
 from tunesmith.model.load import load_config, model_identity
 from tunesmith.model.random_weights import RANDOM
-from tunesmith.tokenizer import load_tokenizer
+from tunesmith.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["Check", "VerifyReport", "verify_adapter", "verify_path", "verify_run", "write_probe"]
 
@@ -66,12 +67,15 @@ class VerifyReport:
         return {"ok": self.passed, "checks": checks, "versions": dict(self.versions), "when": self.when}
 
 
-def verify_run(run: Path, *, base: str | Path | None = None, fresh: bool = True) -> VerifyReport:
+def verify_run(
+    run: Path, *, base: str | Path | None = None, fresh: bool = True, child: Child | None = None
+) -> VerifyReport:
     """Verify RUN/adapter against RUN/verify_probe.safetensors and write RUN/verify.json.
 
     `base` is the base model's folder, file or name; without it, the one that the run's configuration names.
-    `fresh=False` loads in this process instead of a new one. Raises AdapterError for a folder that is no run,
-    CatalogError for a base that cannot be found; what fails a check is in the report.
+    `fresh=False` loads in this process instead of a new one; `child` is a new one that waits (`fresh_process`).
+    Raises AdapterError for a folder that is no run, CatalogError for a base that cannot be found; what fails a check
+    is in the report.
     """
     run = Path(run)
     adapter = run / "adapter"
@@ -86,7 +90,8 @@ def verify_run(run: Path, *, base: str | Path | None = None, fresh: bool = True)
         found = _resolve(settings.get("path") or read_info(adapter).base, settings.get("revision"), run)
     else:
         found = resolve_model(base)
-    report = _verify(run, adapter, found, _try(lambda: read_probe(run / PROBE)), fresh, settings.get("dtype"))
+    recorded = _try(lambda: read_probe(run / PROBE))
+    report = _verify(run, adapter, found, recorded, fresh, settings.get("dtype"), child)
     atomic_write_json(run / "verify.json", report.to_dict())
     return report
 
@@ -111,40 +116,49 @@ def verify_path(path: Path, base: str | Path | None = None, *, fresh: bool = Tru
 
 
 def _verify(
-    subject: Path, adapter: Path, base: Path, recorded: tuple[Probe | None, str | None], fresh: bool, dtype: Any
+    subject: Path,
+    adapter: Path,
+    base: Path,
+    recorded: tuple[Probe | None, str | None],
+    fresh: bool,
+    dtype: Any,
+    child: Child | None = None,
 ) -> VerifyReport:
     probe, no_probe = recorded
     info, no_info = _try(lambda: read_info(adapter))
     tensors, no_tensors = _try(lambda: read_tensors(info.weights)) if info else (None, no_info)
     identity, no_base = _try(lambda: model_identity(base))
     config, _ = _try(lambda: load_config(base))
-    answer, not_loaded = None, no_info or no_base
-    with ThreadPoolExecutor(1) as pool:  # the tokenizer is read while the fresh process works
-        reading = pool.submit(_try, lambda: load_tokenizer(base))
+
+    def replayed(reading: Future[tuple[Tokenizer | None, str | None]]) -> tuple[Answer | None, str | None]:
         rows = probe or (make_probe(built_in_rows(reading.result()[0], config)) if config else None)
-        if info is not None and identity is not None and rows is not None:
-            request = _request(base, adapter, probe, dtype)
-            answer, not_loaded = _try(lambda: (replay_in_child if fresh else replay)(request, rows))
+        if info is None or identity is None or rows is None:
+            return None, no_info or no_base
+        request = _request(base, adapter, probe, dtype)
+        return _try(lambda: replay_in_child(request, rows, child) if fresh else replay(request, rows))
+
+    with ThreadPoolExecutor(2 + len(CHECKS)) as pool:  # what needs no answer is judged while the fresh process works
+        reading = pool.submit(_try, lambda: load_tokenizer(base))
+        answering = pool.submit(replayed, reading)
         tokenizer, no_tokenizer = reading.result()
-    evidence = Evidence(
-        adapter=adapter,
-        base=base,
-        info=info,
-        tensors=tensors,
-        tensors_error=no_tensors,
-        identity=identity,
-        identity_error=no_base,
-        config=config,
-        tokenizer=tokenizer,
-        tokenizer_error=no_tokenizer,
-        probe=probe,
-        probe_error=no_probe,
-        answer=answer,
-        answer_error=not_loaded,
-        fresh=fresh,
-        run_dtype=dtype if isinstance(dtype, str) else None,
-    )
-    made = (make(evidence) for make in CHECKS)
+        evidence = Evidence(
+            adapter=adapter,
+            base=base,
+            info=info,
+            tensors=tensors,
+            tensors_error=no_tensors,
+            identity=identity,
+            identity_error=no_base,
+            config=config,
+            tokenizer=tokenizer,
+            tokenizer_error=no_tokenizer,
+            probe=probe,
+            probe_error=no_probe,
+            replayed=answering,
+            fresh=fresh,
+            run_dtype=dtype if isinstance(dtype, str) else None,
+        )
+        made = list(pool.map(lambda make: make(evidence), CHECKS))
     checks = tuple(replace(check, cure="" if check.ok else check.cure) for check in made if check is not None)
     versions = {"tunesmith": __version__, "torch": torch.__version__, "python": platform.python_version()}
     return VerifyReport(subject, checks, versions, datetime.now(UTC).isoformat(timespec="seconds"))
