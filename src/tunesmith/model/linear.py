@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tunesmith.model.adapted import LowRank, adapted_product
 from tunesmith.model.matmul import linear
 from tunesmith.model.product import dense, product
 from tunesmith.model.seam import Context, Seam
@@ -37,10 +38,20 @@ class Linear(nn.Module):
             x = self.input(x, self, ctx)
         if self.quant is None and not len(self.edit):
             return self._product(x, ctx, self.bias)
+        update = self._update(ctx) if len(self.edit) else None
+        if update is not None:
+            y = adapted_product(x, self.weight, self.quant, update, ctx.kept)
+            return y if self.bias is None else y + self.bias
         y = self._product(x, ctx)
         if len(self.edit):
             y = self.edit(y, self, ctx, x)
         return y if self.bias is None else y + self.bias
+
+    def _update(self, ctx: Context) -> LowRank | None:
+        """A, B and s of a low-rank update that is trained with W frozen; None where the general way is needed."""
+        if not torch.is_grad_enabled() or self.weight.requires_grad:
+            return None
+        return self.edit.low_rank(ctx)
 
     def _product(self, x: Tensor, ctx: Context, bias: Tensor | None = None) -> Tensor:
         if ctx.kept is not None:

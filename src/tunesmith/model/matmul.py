@@ -24,7 +24,7 @@ from tunesmith.model.native import kernels_for
 
 SHORT, TALL = 64, 8192  # tokens up to which, and rows of W from which, oneDNN reads W faster
 VECTORS = 4  # tokens up to which torch multiplies vectors, which it does in bfloat16 at the speed of memory
-SLICE = 4 << 20  # weights whose float32 copy exists at once
+SLICE = 2 << 20  # weights whose float32 copy exists at once
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -38,8 +38,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same, in the way that is taken where gradients are asked for; it has none itself."""
-    if len(x) > VECTORS and widened(x, weight):
+    """The same, in the way that is taken where gradients are asked for; it has none itself.
+
+    It is of x's type, which may be float32 where that of W is bfloat16.
+    """
+    if len(x) > VECTORS and widened(x, weight) or _mixed(x, weight):
         y = _wide_product(x, weight)
         return (y if bias is None else y + bias).to(x.dtype)
     if _possible(x, weight) and narrow_products():
@@ -57,7 +60,7 @@ def back(grad: Tensor, weight: Tensor) -> Tensor:
 
     It is of the type of `grad`, which may be what `unrounded` gave.
     """
-    if widened(grad, weight) or grad.dtype == torch.float32 and weight.dtype == torch.bfloat16:
+    if widened(grad, weight) or _mixed(grad, weight):
         return _wide_back(grad, weight).to(grad.dtype)
     if _possible(grad, weight) and narrow_products():
         return _onednn(grad, weight.t())
@@ -105,6 +108,10 @@ class _Linear(torch.autograd.Function):
             None if x is None else back_weight(grad, x),
             grad.sum(0) if needs_bias else None,
         )
+
+
+def _mixed(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == torch.float32 and weight.dtype == torch.bfloat16
 
 
 def _wide_product(x: Tensor, weight: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def product(x: Tensor, packed: Tensor, storage: Storage) -> Tensor:
     """W x for x (tokens, columns) -> (tokens, rows); gradients reach x only."""
     if torch.is_grad_enabled() and x.requires_grad:
         return _Product.apply(x, packed, storage)
-    return _forward(x, packed, storage)
+    return frozen_product(x, packed, storage)
 
 
 def dense(packed: Tensor, storage: Storage, dtype: torch.dtype) -> Tensor:
@@ -55,7 +55,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, packed: Tensor, storage: Storage) -> Tensor:
         ctx.save_for_backward(packed)
         ctx.storage = storage
-        return _forward(x, packed, storage)
+        return frozen_product(x, packed, storage)
 
     @staticmethod
     @once_differentiable
@@ -64,7 +64,8 @@ class _Product(torch.autograd.Function):
         return back(grad, dense(packed, ctx.storage, grad.dtype)), None, None
 
 
-def _forward(x: Tensor, packed: Tensor, storage: Storage) -> Tensor:
+def frozen_product(x: Tensor, packed: Tensor, storage: Storage, dtype: torch.dtype | None = None) -> Tensor:
+    """W x for x (tokens, columns) -> (tokens, rows), without gradients; W is made in `dtype`, x's unless given."""
     own = storage.product(x, packed)
     if own is not None:
         return own
@@ -72,7 +73,7 @@ def _forward(x: Tensor, packed: Tensor, storage: Storage) -> Tensor:
         y = _few_rows(x, packed, storage)
         if y is not None:
             return y
-    return plain(x, dense(packed, storage, x.dtype))
+    return plain(x, dense(packed, storage, dtype or x.dtype))
 
 
 def reading(packed: Tensor, storage: Storage) -> tuple[str, tuple[Tensor, ...], tuple[int, ...]] | None:

@@ -150,6 +150,16 @@ class Seam(nn.ModuleDict):
                 )
         return value
 
+    def acting(self, ctx: Context) -> list[Any]:
+        """The deltas that are active, in the order of attachment."""
+        return [delta for name, delta in self.items() if ctx.adapters is None or name in ctx.adapters]
+
+    def low_rank(self, ctx: Context) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and s where one delta acts, on every row, and adds s B A x to W x and nothing else; else None."""
+        acting = self.acting(ctx)
+        told = None if len(acting) != 1 or ctx.by_row else getattr(acting[0], "low_rank", None)
+        return None if told is None else told()
+
     @staticmethod
     def _routed(
         delta: Callable[..., Tensor], rows: Tensor, value: Tensor, host: nn.Module, ctx: Context, given: Any

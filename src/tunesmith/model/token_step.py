@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tunesmith.model.llama import Block
 
 _EACH = 6  # of a linear: weight, bias, storage; A, B and scale of its update
+_NO_UPDATE = (None, None, 0.0)
 _NAMES = ("q", "k", "v", "o", "gate", "up", "down")
 # way of reading -> its number in token_step.cpp, and what its tensors and sizes are there
 _WAYS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
@@ -97,12 +98,12 @@ class TokenStep:
     def _given(self, ctx: Context) -> tuple[Any, ...] | None:
         """All tensors and storages that the call reads, and scales of updates; None where another edit acts."""
         linears, norms, seams = self._parts
-        if any(len(seam) and _acting(seam, ctx) for seam in seams):
+        if any(len(seam) and seam.acting(ctx) for seam in seams):
             return None
         given: list[Any] = [norm.weight for norm in norms]
         for linear in linears:
-            deltas = _acting(linear.edit, ctx) if len(linear.edit) else []
-            update = _update(deltas)
+            acts = len(linear.edit) and linear.edit.acting(ctx)
+            update = linear.edit.low_rank(ctx) if acts else _NO_UPDATE
             if update is None:
                 return None
             given += (linear.weight, linear.bias, linear.quant, *update)
@@ -158,18 +159,6 @@ class TokenStep:
     def __getstate__(self) -> dict[str, Any]:
         """A copy is told anew: addresses are not its own."""
         return {"_block": self._block, "_plan": None}
-
-
-def _acting(seam: Seam, ctx: Context) -> list[Any]:
-    return [delta for name, delta in seam.items() if ctx.adapters is None or name in ctx.adapters]
-
-
-def _update(deltas: list[Any]) -> tuple[Tensor | None, Tensor | None, float] | None:
-    """A, B and scale of what the deltas of an `edit` add; None where they do something else."""
-    if not deltas:
-        return None, None, 0.0
-    told = getattr(deltas[0], "low_rank", None)
-    return None if told is None or len(deltas) > 1 else told()
 
 
 def _same(one: Any, other: Any) -> bool:
