@@ -12,6 +12,7 @@ from tunesmith.model import native
 from tunesmith.model.layout import Layout
 from tunesmith.model.linear import Linear
 from tunesmith.model.product import FEW, dense, product
+from tunesmith.model.seam import Context
 from tunesmith.quant.storage import Spec, quantize_weight
 
 needs_compiler = pytest.mark.skipif(native.built()[0] is None, reason=f"NOT TESTED: {native.built()[1]}")
@@ -96,7 +97,7 @@ def test_a_linear_holds_its_weight_and_keeps_its_seams() -> None:
     linear.hold(packed, storage)
     assert isinstance(linear.weight, torch.nn.Parameter) and not linear.weight.requires_grad
     assert linear.weight.dtype == torch.uint8 and linear.weight.shape == (40 * 192 // 2, 1)
-    ctx = type("Ctx", (), {"adapters": None, "routes": {}, "kept": None, "layout": Layout.single(3)})()
+    ctx = Context(Layout.single(3), torch.ones(3, 1), torch.zeros(3, 1))
     x = torch.randn(3, 192)
     w = storage.dense(packed, torch.float32)
     assert torch.allclose(linear(x, ctx), functional.linear(x, w, linear.bias), atol=1e-5)
