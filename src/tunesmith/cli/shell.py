@@ -54,7 +54,7 @@ app = typer.Typer(
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command (`args` defaults to the process's own) and return its exit code."""
     share_cores()
-    atexit.register(gc.freeze)  # else the interpreter walks through all of torch once more: half a second at each end
+    atexit.register(gc.freeze)  # else the interpreter's last act is to walk through all of torch: half a second
     try:
         typer.main.get_command(app)(args=None if args is None else list(args), prog_name="tunesmith")
     except SystemExit as end:
