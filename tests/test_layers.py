@@ -19,7 +19,7 @@ LEVELS = [  # a room imports from its own level, without circles, and from the l
     {"data", "adapters", "vision"},
     {"model", "tokenizer"},
     {"quant"},
-    {"config", "errors", "files", "hardware"},
+    {"config", "errors", "files", "hardware", "processes"},
 ]
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 SAYS_NOTHING = {"utils.py", "helpers.py", "misc.py", "common.py"}

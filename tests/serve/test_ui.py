@@ -18,6 +18,7 @@ from tests.serve.conftest import KEY, LETTERS
 
 from tunesmith.data.templates import get_template
 from tunesmith.errors import GenerationError, RequestError
+from tunesmith.processes import start_python
 from tunesmith.serve.ui.jobs import RUNNING, Jobs, words
 from tunesmith.serve.ui.runs import BYTES, runs, shown
 from tunesmith.serve.ui.talk import Ask, answers, choices, guarded
@@ -164,13 +165,14 @@ def test_a_command_runs_and_says_how_it_ended(tmp_path) -> None:
 
 
 def test_one_command_at_a_time_and_stop_is_ctrl_c(tmp_path, monkeypatch) -> None:
-    script = tmp_path / "tunesmith" / "__main__.py"
-    script.parent.mkdir()
-    (script.parent / "__init__.py").touch()
-    script.write_text(
+    (tmp_path / "slow_command.py").write_text(
         "import time\nprint('begun')\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('saved')\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(
+        "tunesmith.serve.ui.jobs.start_python",
+        lambda _, *rest, **options: start_python("slow_command", *rest, **options),
+    )
     jobs = Jobs(tmp_path)
     jobs.start(["train"], ["a=1"])
     states = jobs.follow()

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from tunesmith.compare.record import FAILED, RESULT, Failure, write_failure
 from tunesmith.errors import DiskError, Interrupted
+from tunesmith.processes import start_python
 
 PROGRAM = "tunesmith.cells"
 LOGS = "logs"
@@ -32,12 +31,11 @@ def run_in_child(task: dict[str, Any], *, program: str = PROGRAM) -> None:
     log = folder.parent.parent / LOGS / f"{folder.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", program],
+        child = start_python(
+            program,
             stdin=subprocess.PIPE,
             stdout=file,
             stderr=file,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [_root(), os.environ.get("PYTHONPATH")]))},
             start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on once
         )
         code = _wait(child, json.dumps(task))
@@ -84,8 +82,3 @@ def _last_line(log: Path) -> str:
         file.seek(max(0, log.stat().st_size - 4096))
         lines = file.read().decode("utf-8", errors="replace").strip().splitlines()
     return lines[-1][:200] if lines else "it said nothing"
-
-
-def _root() -> str:
-    """The folder that this package is in, so that the child imports the same one."""
-    return str(Path(__file__).resolve().parents[2])

@@ -7,25 +7,23 @@ with Child("tunesmith.export.replay") as child:    # it imports what it needs fr
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+from tunesmith.processes import start_python
+
 
 class Child:
     """The process; one that was never asked is ended with the block."""
 
     def __init__(self, module: str, environment: Mapping[str, str] | None = None) -> None:
-        """Start `python -m module`, importing the package from where this process has it, whatever the current folder
-        holds."""
-        here = str(Path(__file__).parents[2])
-        path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module],
-            env={**os.environ, **(environment or {}), "PYTHONPATH": path},
+        """Start `python -m module`, with more in its environment."""
+        self._process = start_python(
+            module,
+            environment=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -5,10 +5,8 @@ form -> words (`key=value`, as on the command line) -> child process -> its line
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -16,6 +14,7 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
 from tunesmith.errors import RequestError
+from tunesmith.processes import start_python
 
 LINES = 400  # of what a command said
 LONGEST_LINE = 2000
@@ -62,10 +61,11 @@ class Jobs:
                 raise RequestError(RUNNING, 409, "busy")
             self._lines.clear()
             self._lines.append(f"$ tunesmith {' '.join([*command, *settings])}\n")
-            self._child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "tunesmith", *command, *settings],
+            self._child = start_python(
+                "tunesmith",
+                [*command, *settings],
+                {"COLUMNS": "100", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"},
                 cwd=self.folder,
-                env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
