@@ -89,7 +89,7 @@ def _time(run: Run, work: Work, choice: Choice, rows: Sequence[int], blocks: int
     for _ in range(REPEATS + 1):
         began = time.perf_counter()
         ctx = model.context(pack.layout, dropout=work.train.attention_dropout)
-        pack_loss(model, pack, ctx, model.run(pack.tokens, ctx, choice.recompute)).backward()
+        pack_loss(model, pack, ctx, model.run(pack.tokens, ctx, choice.recompute, pack.read)).backward()
         for parameter in adapter.trainable.values():
             parameter.grad = None
         if work.device == "cuda":

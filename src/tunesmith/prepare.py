@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -76,9 +77,11 @@ def load_base(section: ModelSection, quant: Spec | None = None) -> Loaded:
     path = resolve_model(section.path, revision=section.revision)
     device = choose_device(section.device)
     dtype = choose_dtype(section.dtype, device)
-    tokenizer = load_tokenizer(path)
-    check_weights_fit(load_config(path), dtype, device, None if quant is None else quant.bits)
-    model = load_model(path, dtype=dtype, device=device, quant=quant)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(load_tokenizer, path)
+        check_weights_fit(load_config(path), dtype, device, None if quant is None else quant.bits)
+        model = load_model(path, dtype=dtype, device=device, quant=quant)
+        tokenizer = reading.result()
     model.pattern = pattern_of(section.attention, model.config.num_key_value_heads)
     check_fits(tokenizer, model.config)
     return Loaded(section.path, path, model, tokenizer, model_identity(path, quant), section.revision)

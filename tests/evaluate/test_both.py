@@ -64,7 +64,9 @@ def test_the_prompt_is_read_once(tiny_base: Path, file: Path, monkeypatch: pytes
     subject = subject_of(tiny_base, file)
     read: list[int] = []
     run = subject.model.run
-    monkeypatch.setattr(subject.model, "run", lambda ids, *rest: read.append(len(ids)) or run(ids, *rest))
+    monkeypatch.setattr(
+        subject.model, "run", lambda ids, *rest, **rows: read.append(len(ids)) or run(ids, *rest, **rows)
+    )
     measure(subject, NAMES)
     once = sum(read)
     read.clear()

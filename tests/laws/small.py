@@ -100,7 +100,9 @@ def run_packs(
     total = 0.0
     for pack in packs:
         ctx = model.context(pack.layout)
-        value = loss(model, pack, ctx, model.run(pack.tokens, ctx, recompute)) / supervised
+        rows = pack.read if loss is pack_loss else None  # a twin's last block runs for all tokens
+        hidden = model.run(pack.tokens, ctx, recompute, rows)
+        value = loss(model, pack, ctx, hidden[pack.read] if rows is None else hidden) / supervised
         if value.requires_grad:
             value.backward()
         total += value.item()

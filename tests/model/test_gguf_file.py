@@ -56,6 +56,20 @@ def test_reads_what_the_gguf_library_reads(whole: bytes, tmp_path: Path) -> None
             assert ours.raw(mine).tobytes() == tensor.data.tobytes()
 
 
+def test_a_file_that_was_changed_in_its_place_is_read_again(whole: bytes, tmp_path: Path) -> None:
+    """The index of the file opened last is remembered, and believed for the same bytes alone."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(whole)
+    with GgufFile(path) as first, GgufFile(path) as again:
+        assert again.tensors is first.tensors and again.metadata["x.numbers"] == [1, 2, 3]
+    path.write_bytes(whole.replace("größe".encode(), "Größe".encode()))  # as long as before
+    with GgufFile(path) as changed:
+        assert changed.metadata["general.name"] == "Größe"
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ModelError, match="runs past the end"):
+        GgufFile(path)
+
+
 def test_block_sizes_are_the_gguf_librarys() -> None:
     for number, (name, block, width) in QUANT_TYPES.items():
         kind = gguf.GGMLQuantizationType[name]

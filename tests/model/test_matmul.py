@@ -167,7 +167,7 @@ def test_no_product_in_bfloat16_is_left_where_it_is_emulated(emulated: bool) -> 
     (pack,) = packs_of(model, examples(), share=False)
     ctx = model.context(pack.layout)
     with Narrow() as narrow:
-        pack_loss(model, pack, ctx, model.run(pack.tokens, ctx)).backward()
+        pack_loss(model, pack, ctx, model.run(pack.tokens, ctx, rows=pack.read)).backward()
     assert bool(narrow.found) != emulated
 
 
@@ -183,7 +183,7 @@ def test_a_step_in_bfloat16_has_the_same_gradients(spec: dict[str, Any], monkeyp
         (pack,) = packs_of(model, examples(), share=False)
         ctx = model.context(pack.layout)
         torch.manual_seed(5)
-        pack_loss(model, pack, ctx, model.run(pack.tokens, ctx)).backward()
+        pack_loss(model, pack, ctx, model.run(pack.tokens, ctx, rows=pack.read)).backward()
         found.append(torch.cat([p.grad.flatten().double() for p in adapter.trainable.values()]))
     ours, torchs, exact = found
     assert (ours - exact).norm() <= 1.2 * (torchs - exact).norm() + 1e-6
@@ -209,7 +209,7 @@ def test_a_step_by_onednn_is_the_step(
         (pack,) = packs_of(model, examples())
         ctx = model.context(pack.layout)
         with Libraries() as libraries:
-            loss = pack_loss(model, pack, ctx, model.run(pack.tokens, ctx, recompute))
+            loss = pack_loss(model, pack, ctx, model.run(pack.tokens, ctx, recompute, pack.read))
             loss.backward()
         steps.append([loss.detach(), *(p.grad for p in adapter.trainable.values())])
         counts.append(libraries.found)

@@ -73,18 +73,18 @@ def test_value_is_weighted_cross_entropy() -> None:
     hidden = model.run(made.tokens, model.context(made.layout))
     table = model.model.embed_tokens.weight
     each = functional.cross_entropy((hidden @ table.T)[made.where], made.target, reduction="none")
-    assert torch.allclose(scalar_of(model, made, hidden), (each * made.weight).sum(), rtol=1e-13)
+    assert torch.allclose(scalar_of(model, made, hidden[made.read]), (each * made.weight).sum(), rtol=1e-13)
 
 
 def test_gradcheck_of_the_hidden_states() -> None:
     model, made = build(), pack()
-    hidden = torch.randn(made.layout.tokens, TINY.hidden_size, dtype=torch.float64, requires_grad=True)
+    hidden = torch.randn(len(made.read), TINY.hidden_size, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda h: scalar_of(model, made, h), hidden, fast_mode=True)
 
 
 def test_scale_of_the_incoming_gradient_passes_through() -> None:
     model, made = build(), pack()
-    hidden = torch.randn(made.layout.tokens, TINY.hidden_size, dtype=torch.float64, requires_grad=True)
+    hidden = torch.randn(len(made.read), TINY.hidden_size, dtype=torch.float64, requires_grad=True)
     (once,) = torch.autograd.grad(scalar_of(model, made, hidden), hidden)
     (scaled,) = torch.autograd.grad(scalar_of(model, made, hidden) * 1024 / 7, hidden)
     assert torch.allclose(scaled, once * 1024 / 7, rtol=1e-13)
@@ -93,7 +93,7 @@ def test_scale_of_the_incoming_gradient_passes_through() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_sums_in_float32(dtype: torch.dtype) -> None:
     model, made = build(dtype=dtype), pack()
-    hidden = torch.randn(made.layout.tokens, TINY.hidden_size, dtype=dtype, requires_grad=True)
+    hidden = torch.randn(len(made.read), TINY.hidden_size, dtype=dtype, requires_grad=True)
     loss = scalar_of(model, made, hidden)
     assert loss.dtype == torch.float32
     (grad,) = torch.autograd.grad(loss, hidden)
@@ -109,11 +109,25 @@ def test_half_precision_sums_in_float32(dtype: torch.dtype) -> None:
 
 def test_without_targets_the_loss_is_zero_and_so_is_its_gradient() -> None:
     model, made = build(), pack()
-    none = replace(made, where=made.where[:0], target=made.target[:0], weight=made.weight[:0])
-    hidden = torch.randn(made.layout.tokens, TINY.hidden_size, dtype=torch.float64, requires_grad=True)
+    none = replace(made, place=made.place[:0], target=made.target[:0], weight=made.weight[:0])
+    hidden = torch.randn(len(made.read), TINY.hidden_size, dtype=torch.float64, requires_grad=True)
     loss = scalar_of(model, none, hidden)
     loss.backward()
     assert loss.item() == 0 and not hidden.grad.any()
+
+
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
+def test_the_last_block_runs_for_the_positions_that_are_read(recompute: bool | str) -> None:
+    model, made = build(), pack()
+    attach(model, SPECS["head frozen"])
+    seen: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    ctx = model.context(made.layout)
+    hidden = model.run(made.tokens, ctx, recompute, made.read)
+    *others, last = seen
+    assert set(others) == {len(made.tokens)} and last == len(made.read) < len(made.tokens)
+    torch.testing.assert_close(hidden, model.run(made.tokens, ctx)[made.read], rtol=1e-12, atol=1e-12)
 
 
 def test_an_adapter_on_the_head_that_does_not_act_gets_no_gradient() -> None:
@@ -123,7 +137,7 @@ def test_an_adapter_on_the_head_that_does_not_act_gets_no_gradient() -> None:
     second = attach(model, SPECS["head edited"], name="second")
     disturb(first), disturb(second)
     ctx = model.context(made.layout, adapters=("first",))
-    pack_loss(model, made, ctx, model.run(made.tokens, ctx)).backward()
+    pack_loss(model, made, ctx, model.run(made.tokens, ctx, rows=made.read)).backward()
     assert all(p.grad.abs().max() > 0 for p in first.trainable.values())
     assert not any(p.grad is not None and p.grad.any() for p in second.trainable.values())
 
@@ -142,6 +156,6 @@ def test_logits_of_the_whole_row_never_exist() -> None:
             return out
 
     model.__class__ = Spy
-    hidden = torch.randn(made.layout.tokens, TINY.hidden_size, dtype=torch.float64, requires_grad=True)
+    hidden = torch.randn(len(made.read), TINY.hidden_size, dtype=torch.float64, requires_grad=True)
     scalar_of(model, made, hidden).backward()
     assert 0 < largest <= 17

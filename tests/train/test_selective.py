@@ -62,7 +62,7 @@ def gradients(
     (pack,) = packs_of(model, examples(), share=not (dropout or spec.get("dropout")))
     torch.manual_seed(5)
     ctx = model.context(pack.layout, dropout=dropout)
-    loss = pack_loss(model, pack, ctx, model.run(pack.tokens, ctx, recompute))
+    loss = pack_loss(model, pack, ctx, model.run(pack.tokens, ctx, recompute, pack.read))
     loss.backward()
     return loss.item(), {name: p.grad for name, p in adapter.trainable.items() if p.grad is not None}
 

@@ -27,7 +27,7 @@ def counted(spec: dict[str, Any], recompute: bool, first: bool = False) -> StepB
     (pack,) = packs_of(model, examples())
     ctx = model.context(pack.layout)
     with counting(model, adapter, pack, first) as count:
-        hidden = model.run(pack.tokens, ctx, recompute)
+        hidden = model.run(pack.tokens, ctx, recompute, pack.read)
         count.forward()
         loss = pack_loss(model, pack, ctx, hidden)
         del hidden

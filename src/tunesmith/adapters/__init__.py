@@ -31,6 +31,14 @@ def _methods() -> dict[str, Method]:
     return found
 
 
+@cache
+def _called(kind: str) -> Method | None:
+    """The method in the file of its name, where most are: one file to import instead of all."""
+    names = {module.name for module in pkgutil.iter_modules(__path__)}
+    method = getattr(importlib.import_module(f"{__name__}.{kind}"), "METHOD", None) if kind in names else None
+    return method if method is not None and method.kind == kind else None
+
+
 def kinds() -> list[str]:
     """The names of all methods, those of opened files included."""
     return sorted({**_methods(), **outside.opened()})
@@ -38,7 +46,7 @@ def kinds() -> list[str]:
 
 def find_method(kind: str) -> Method:
     """The method called `kind`. Raises ConfigError with the nearest name, and for a file that nobody opened."""
-    found = _methods().get(kind) or outside.opened().get(kind)
+    found = _called(kind) or _methods().get(kind) or outside.opened().get(kind)
     if found is None and outside.is_file(kind):
         found = outside.opened_at(kind)
         if found is None:

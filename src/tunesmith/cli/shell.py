@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 from tunesmith import __version__
 from tunesmith.errors import Interrupted, TunesmithError, is_out_of_memory
 from tunesmith.hardware import share_cores
+from tunesmith.processes import collect_seldom
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,6 +55,7 @@ app = typer.Typer(
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command (`args` defaults to the process's own) and return its exit code."""
     share_cores()
+    collect_seldom()
     atexit.register(gc.freeze)  # else the interpreter's last act is to walk through all of torch: half a second
     try:
         typer.main.get_command(app)(args=None if args is None else list(args), prog_name="tunesmith")

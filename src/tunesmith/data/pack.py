@@ -31,17 +31,24 @@ MIN_SAVING = 8  # tokens that sharing must save: below, one more segment costs m
 class Pack:
     """One row of the packed step: `tokens` (T,), their `layout`, and the targets.
 
-    Position `where[i]` is to predict token `target[i]` with weight `weight[i]`, each (n,). `examples` are the packed
-    examples' indices, and `rows[j]` the positions of the tokens of the one that stands j-th there, in order.
+    Position `read[place[i]]` is to predict token `target[i]` with weight `weight[i]`, each (n,); `read`, (m,), holds
+    every such position once, in order. `examples` are the packed examples' indices, and `rows[j]` the positions of the
+    tokens of the one that stands j-th there, in order.
     """
 
     tokens: Tensor
     layout: Layout
-    where: Tensor
+    read: Tensor
+    place: Tensor
     target: Tensor
     weight: Tensor
     examples: tuple[int, ...]
     rows: tuple[np.ndarray, ...]
+
+    @property
+    def where(self) -> Tensor:
+        """The position of every target, (n,)."""
+        return self.read[self.place]
 
     @property
     def supervised(self) -> float:
@@ -141,10 +148,12 @@ def _build(
         for member in node.members:
             rows[member][node.start : node.stop] = np.arange(first, first + node.stop - node.start)
     where, target, weight = _targets(examples, rows)
+    read, place = np.unique(where, return_inverse=True)
     return Pack(
         torch.from_numpy(tokens).to(device),
         layout,
-        torch.from_numpy(where).to(device),
+        torch.from_numpy(read).to(device),
+        torch.from_numpy(place.reshape(-1)).to(device),
         torch.from_numpy(target).to(device),
         torch.from_numpy(weight).to(device),
         tuple(indices),

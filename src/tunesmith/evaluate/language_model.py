@@ -28,7 +28,7 @@ def language_model_metrics(
     loss = correct = tokens = 0.0
     for pack in plan_packs(examples, budget=budget, device=model.device, needs=model.needs(adapters)):
         ctx = model.context(pack.layout, adapters=adapters)
-        hidden = model.run(pack.tokens, ctx).index_select(0, pack.where)
+        hidden = model.run(pack.tokens, ctx, rows=pack.read).index_select(0, pack.place)
         for rows, logits in model.logits_in_parts(hidden, ctx):
             weight, target = pack.weight[rows], pack.target[rows]
             loss += float((functional.cross_entropy(logits, target, reduction="none") * weight).sum())

@@ -63,7 +63,7 @@ def loss_outcomes(subject: Subject) -> Outcomes:
     )
     for pack in packs:
         ctx = model.context(pack.layout, adapters=adapters)
-        hidden = model.run(pack.tokens, ctx).index_select(0, pack.where)
+        hidden = model.run(pack.tokens, ctx, rows=pack.read).index_select(0, pack.place)
         parts = model.logits_in_parts(hidden, ctx)
         losses = [functional.cross_entropy(logits, pack.target[rows], reduction="none") for rows, logits in parts]
         loss = torch.cat(losses).double().cpu().numpy() if losses else np.zeros(0)

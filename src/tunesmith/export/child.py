@@ -7,23 +7,26 @@ with Child("tunesmith.export.replay") as child:    # it imports what it needs fr
 
 from __future__ import annotations
 
+import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from tunesmith.processes import start_python
+from tunesmith.processes import collect_seldom, start_python
 
 
 class Child:
     """The process; one that was never asked is ended with the block."""
 
     def __init__(self, module: str, environment: Mapping[str, str] | None = None) -> None:
-        """Start `python -m module`, with more in its environment."""
+        """Start a process that imports `module` and will call its `main(folder)`, with more in its environment."""
         self._process = start_python(
-            module,
-            environment=environment,
+            __name__,
+            [module],
+            environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -48,9 +51,20 @@ class Child:
             self._process.communicate()
 
 
-def asked_folder() -> Path:
-    """In the child: the folder that it is asked about; it ends here where nobody will ask."""
+def main(module: str) -> None:
+    """The child: import what the answer needs, wait to be asked, answer; it ends here where nobody will ask."""
+    collect_seldom()
+    answer = importlib.import_module(module).main
     folder = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
     if not folder:
         raise SystemExit(1)
-    return Path(folder)
+    answer(Path(folder))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The answer is on the disk, and half a second of taking everything down tells nobody anything; llama.cpp's server
+    # now and then hangs in it.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

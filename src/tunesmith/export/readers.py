@@ -1,4 +1,4 @@
-"""Other projects' readers on what was exported: `python -m tunesmith.export.readers`, a process of its own (child.py).
+"""Other projects' readers on what was exported, in a process of its own (child.py).
 
 FOLDER/request.json says which reader, on which files, what to compute; the answer is FOLDER/answer.json, with logits in
 answer.safetensors. transformers and PEFT compute logits; llama.cpp, which is asked through its own server on loopback,
@@ -8,14 +8,11 @@ gives token ids, greedy answers and the log-probabilities of its likeliest token
 from __future__ import annotations
 
 import json
-import os
-import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tunesmith.export.child import asked_folder
 from tunesmith.files import atomic_save_safetensors, atomic_write_json
 
 TOP = 10  # tokens whose log-probabilities llama.cpp is asked for
@@ -141,9 +138,3 @@ def main(folder: Path) -> None:
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     answer = READERS[request["reader"]](request, folder)
     atomic_write_json(folder / "answer.json", answer)
-    sys.stdout.flush()
-    os._exit(0)  # llama.cpp's server now and then hangs when it is ended
-
-
-if __name__ == "__main__":
-    main(asked_folder())

@@ -1,4 +1,4 @@
-"""Load base and adapter afresh and compute the probe's logits: `python -m tunesmith.export.replay` in a child.
+"""Load base and adapter afresh and compute the probe's logits, in a child (child.py).
 
 FOLDER/request.json says what to load, FOLDER/probe.safetensors holds the probe; the child writes answer.safetensors or
 error.json there. A fresh process cannot lean on anything that the live model left in memory.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from tunesmith.adapters import open_method
 from tunesmith.adapters.peft_format import load_adapter, read_info, use_attention
 from tunesmith.errors import TunesmithError, VerificationError
-from tunesmith.export.child import Child, asked_folder
+from tunesmith.export.child import Child
 from tunesmith.export.probe import Probe, image_tensors, logits_at, read_probe
 from tunesmith.files import atomic_save_safetensors, atomic_write_json
 from tunesmith.model.load import load_model
@@ -104,9 +103,3 @@ def main(folder: Path) -> None:
         atomic_write_json(folder / "error.json", {"message": str(error)})
         return
     atomic_save_safetensors(folder / "answer.safetensors", {"base": answer.base, "adapted": answer.adapted})
-
-
-if __name__ == "__main__":
-    main(asked_folder())
-    sys.stderr.flush()
-    os._exit(0)  # the answer is on the disk, and half a second of taking everything down tells nobody anything

@@ -114,18 +114,21 @@ class GgufWeights:
 
     def held(self, name: str) -> tuple[torch.Tensor, Storage]:
         """Return a weight's own blocks, (rows, bytes of a row), and their storage. Raises ModelError for NaN scales."""
-        tensor = self.file.tensors[self._names[name]]
-        rows, columns = tensor.shape
-        packed = self._in_halves(name, torch.from_numpy(self.file.raw(tensor).copy()).view(rows, -1))
-        storage = Ggml(tensor.quant_name, (rows, columns))
+        packed, storage = self._packed(name)
         if not bool(torch.isfinite(storage.scales(packed)).all()):
             raise ModelError(f"{self.path}: {name} holds NaN or infinity; the file is damaged")
-        return packed.contiguous(), storage
+        return packed, storage
+
+    def _packed(self, name: str) -> tuple[torch.Tensor, Ggml]:
+        tensor = self.file.tensors[self._names[name]]
+        rows, columns = tensor.shape
+        packed = torch.from_numpy(self.file.raw(tensor).copy()).view(rows, -1)
+        return self._in_halves(name, packed).contiguous(), Ggml(tensor.quant_name, (rows, columns))
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Return one tensor in `dtype`, under its Hugging Face name."""
         if name in self.quantized:
-            return dense(*self.held(name), dtype)
+            return dense(*self._packed(name), dtype)  # what is not finite is looked for in the result
         return self._in_halves(name, _dequantize(self.file, self.file.tensors[self._names[name]], dtype))
 
     def _in_halves(self, name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -80,6 +80,37 @@ void swiglu_backward(const T* grad, const T* gate, const T* up, T* dgate, T* dup
     }
 }
 
+// gate, which becomes silu(gate) * up, and up in float32; both are kept rounded.
+template <class T>
+void swiglu_wide(float* gate, const float* up, T* kept_gate, T* kept_up, int64_t count) {
+#pragma omp parallel for schedule(static)
+    for (int64_t b = 0; b < count; b += BLOCK) {
+        int64_t end = b + BLOCK < count ? b + BLOCK : count;
+#pragma omp simd
+        for (int64_t j = b; j < end; j++) {
+            float g = gate[j], u = up[j];
+            store(kept_gate + j, g);
+            store(kept_up + j, u);
+            gate[j] = g * sigmoid(g) * u;
+        }
+    }
+}
+
+// grad, which becomes that of gate, in float32, as is that of up.
+template <class T>
+void swiglu_backward_wide(float* grad, const T* gate, const T* up, float* dup, int64_t count) {
+#pragma omp parallel for schedule(static)
+    for (int64_t b = 0; b < count; b += BLOCK) {
+        int64_t end = b + BLOCK < count ? b + BLOCK : count;
+#pragma omp simd
+        for (int64_t j = b; j < end; j++) {
+            float d = grad[j], g = load(gate + j), s = sigmoid(g), silu = g * s;
+            dup[j] = d * silu;
+            grad[j] = d * load(up + j) * (s + silu * (1.0f - s));
+        }
+    }
+}
+
 // x and out: (tokens, heads, 2 half); cos and sin: (tokens, half); sign -1 turns back.
 template <class T>
 void rotate(const T* x, const T* cosine, const T* sine, T* out, int64_t tokens, int64_t heads, int64_t half, float sign) {
@@ -233,6 +264,10 @@ void cross_entropy(T* logits, const int64_t* target, const float* weight, float*
     extern "C" void swiglu_##NAME(const T* g, const T* u, T* o, int64_t c) { swiglu(g, u, o, c); }                          \
     extern "C" void swiglu_backward_##NAME(const T* d, const T* g, const T* u, T* dg, T* du, int64_t c) {                   \
         swiglu_backward(d, g, u, dg, du, c);                                                                                \
+    }                                                                                                                       \
+    extern "C" void swiglu_wide_##NAME(float* g, const float* u, T* kg, T* ku, int64_t c) { swiglu_wide(g, u, kg, ku, c); } \
+    extern "C" void swiglu_backward_wide_##NAME(float* d, const T* g, const T* u, float* du, int64_t c) {                   \
+        swiglu_backward_wide(d, g, u, du, c);                                                                               \
     }                                                                                                                       \
     extern "C" void rotate_##NAME(const T* x, const T* c, const T* s, T* o, int64_t t, int64_t h, int64_t f, float sign) {  \
         rotate(x, c, s, o, t, h, f, sign);                                                                                  \

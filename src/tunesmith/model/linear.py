@@ -32,6 +32,11 @@ class Linear(nn.Module):
         self.register_module("quant", None)
         self.wide = torch.float32
 
+    @property
+    def bare(self) -> bool:
+        """Is y only W x: no seam is filled, and there is no bias?"""
+        return not (len(self.input) or len(self.edit) or self.bias is not None)
+
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """(tokens, in_features) -> (tokens, out_features)."""
         if len(self.input):

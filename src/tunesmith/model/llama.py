@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from tunesmith.model.attention import attend
 from tunesmith.model.cache import Cache
 from tunesmith.model.config import ModelConfig
 from tunesmith.model.fused import rms_norm, rotate, swiglu
+from tunesmith.model.gated import gated_mlp
 from tunesmith.model.layout import Layout
 from tunesmith.model.linear import Linear
 from tunesmith.model.recompute import run_block
@@ -70,8 +71,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(width, config.rms_norm_eps) if config.qk_norm else None
         self.past, self.mix = Seam(whole=True), Seam()
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        """(tokens, hidden_size) -> (tokens, hidden_size)."""
+    def forward(self, x: Tensor, ctx: Context, end: Context | None = None) -> Tensor:
+        """(tokens, hidden_size) -> (tokens, hidden_size); with `end`, of its rows only."""
         q = self.q_proj(x, ctx).view(-1, self.heads, self.head_dim)
         k = self.k_proj(x, ctx).view(-1, self.kv_heads, self.head_dim)
         v = self.v_proj(x, ctx).view(-1, self.kv_heads, self.head_dim)
@@ -86,7 +87,12 @@ class Attention(nn.Module):
             out = ctx.cache.attend(self.index, q, k, v, ctx.layout, self.window, ctx.pattern)
         if len(self.mix):
             out = self.mix(out, self, ctx, q)
-        return self.o_proj(out.flatten(1), ctx)
+        return self.o_proj(_cut(out, end).flatten(1), end or ctx)
+
+
+def _cut(value: Tensor, end: Context | None) -> Tensor:
+    """The rows that `end` is for; all without it."""
+    return value if end is None or end.rows is None else value.index_select(0, end.rows)
 
 
 class MLP(nn.Module):
@@ -100,6 +106,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """(tokens, hidden_size) -> (tokens, hidden_size)."""
+        linears = (self.gate_proj, self.up_proj, self.down_proj)
+        if ctx.kept is None and all(linear.bare for linear in linears):
+            gate, up, down = ((linear.weight, linear.quant) for linear in linears)
+            y = gated_mlp(x, gate, up, down)
+            if y is not None:
+                return y
         return self.down_proj(swiglu(self.gate_proj(x, ctx), self.up_proj(x, ctx)), ctx)
 
 
@@ -124,14 +136,21 @@ class Block(nn.Module):
         """Is down_proj's product only added to the residual, so that no gradient depends on its value?"""
         return not (len(self.mlp.down_proj.edit) or len(self.after_mlp) or len(self.resid))
 
-    def forward(self, h: Tensor, ctx: Context) -> Tensor:
-        """(tokens, hidden_size) -> (tokens, hidden_size)."""
+    def forward(self, h: Tensor, ctx: Context, end: Context | None = None) -> Tensor:
+        """(tokens, hidden_size) -> (tokens, hidden_size).
+
+        With `end`, a context for some of the tokens, the result is theirs only: what stands behind attention, most of
+        the work, is then done for them alone.
+        """
         if ctx.cache is not None and not torch.compiler.is_compiling():
             out = self.token_step(h, ctx)
             if out is not None:
                 return out
         x = self.input_layernorm(h, ctx)
-        h = h + self.after_attn(self.self_attn(x, ctx), self, ctx, x)
+        out = self.self_attn(x, ctx, end)
+        if end is not None:
+            h, x, ctx = _cut(h, end), _cut(x, end), end
+        h = h + self.after_attn(out, self, ctx, x)
         x = self.post_attention_layernorm(h, ctx)
         h = h + self.after_mlp(self.mlp(x, ctx), self, ctx, x)
         return self.resid(h, self, ctx)
@@ -226,15 +245,22 @@ class Llama(nn.Module):
             tokens = torch.cat([tokens.new_full((ctx.extra,), VIRTUAL), tokens])
         return self.model.embed(h, self.model, ctx, tokens) if len(self.model.embed) else h
 
-    def run(self, tokens: Tensor, ctx: Context, recompute: bool | str = False) -> Tensor:
-        """`forward` with a context already made, for callers that need it again for `logits`."""
+    def run(self, tokens: Tensor, ctx: Context, recompute: bool | str = False, rows: Tensor | None = None) -> Tensor:
+        """`forward` with a context already made, for callers that need it again for `logits`.
+
+        `rows` (m,), distinct and in order: only these tokens' states are wanted, (m, hidden_size), by a caller without
+        a cache. The last block is then run for them alone where attention no longer needs the others.
+        """
         h = self.embedded(tokens, ctx)
-        blocks: Iterable[Any] = self.model.layers
+        end = ctx if rows is None else ctx.only(rows)
+        *blocks, last = cast(Iterable[Any], self.model.layers)
         for layer in blocks:
             h = run_block(layer, h, ctx, recompute)
+        h = run_block(last, h, ctx, recompute, None if rows is None else end)
         if ctx.cache is not None:
             ctx.cache.advance()
-        return self.model.norm(h, ctx)[ctx.extra :]
+        h = self.model.norm(h, end)
+        return h[ctx.extra :] if rows is None else h
 
     def needs(self, adapters: tuple[str, ...] | None = None) -> Needs:
         """What these attached adapters (None: all) must find in every row that they act on."""

@@ -71,6 +71,18 @@ class Kernels:
         self.call("swiglu_backward", gate.dtype, grad, gate, up, dgate, dup, gate.numel())
         return dgate, dup
 
+    def swiglu_wide(self, gate: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Turn `gate`, float32, into silu(gate) * up; returns gate and up in `dtype`."""
+        kept = torch.empty_like(gate, dtype=dtype), torch.empty_like(up, dtype=dtype)
+        self.call("swiglu_wide", dtype, gate, up, *kept, gate.numel())
+        return kept
+
+    def swiglu_backward_wide(self, grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        """Turn `grad`, float32, into that of gate; returns that of up, float32."""
+        dup = torch.empty_like(grad)
+        self.call("swiglu_backward_wide", gate.dtype, grad, gate, up, dup, gate.numel())
+        return dup
+
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
         """Rotary embedding of x (tokens, heads, d) by cos and sin (tokens, d / 2); sign -1 turns back."""
         out = torch.empty_like(x)

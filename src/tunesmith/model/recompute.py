@@ -35,15 +35,18 @@ if TYPE_CHECKING:
 SELECTIVE = "selective"
 
 
-def run_block(block: Block, h: Tensor, ctx: Context, recompute: bool | str) -> Tensor:
-    """The block's output, (tokens, hidden_size), keeping what `recompute` says. Raises ModelError for another word."""
+def run_block(block: Block, h: Tensor, ctx: Context, recompute: bool | str, end: Context | None = None) -> Tensor:
+    """The block's output, (tokens, hidden_size) or of the rows of `end`, keeping what `recompute` says.
+
+    Raises ModelError for another word.
+    """
     if recompute == SELECTIVE:
         kept = Kept(block.mlp.down_proj.weight if block.ends_plainly else None)
-        ctx = replace(ctx, kept=kept)
-        return checkpoint(block, h, ctx, use_reentrant=False, context_fn=kept.phases)
+        ctx, end = replace(ctx, kept=kept), None if end is None else replace(end, kept=kept)
+        return checkpoint(block, h, ctx, end, use_reentrant=False, context_fn=kept.phases)
     if isinstance(recompute, str):
         raise ModelError(f"recompute: {recompute!r} is not one of False, True, {SELECTIVE!r}")
-    return checkpoint(block, h, ctx, use_reentrant=False) if recompute else block(h, ctx)
+    return checkpoint(block, h, ctx, end, use_reentrant=False) if recompute else block(h, ctx, end)
 
 
 class Kept:

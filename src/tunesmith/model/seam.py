@@ -98,8 +98,12 @@ class Context:
 
     def at(self, rows: Tensor) -> Context:
         """For rows (of the callers' tokens) taken out of the final hidden states: routes are numbered anew."""
+        return self.only(rows) if self.by_row else self
+
+    def only(self, rows: Tensor) -> Context:
+        """For values that hold only these of the callers' tokens. Raises ValueError for one that is there twice."""
         if not self.by_row:
-            return self
+            return replace(self, rows=rows + self.extra)
         place = torch.full((self.layout.tokens,), -1, device=rows.device)
         place[rows + self.extra] = torch.arange(len(rows), device=rows.device)
         if len(rows) != int((place >= 0).sum()):

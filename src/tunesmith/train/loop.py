@@ -232,7 +232,7 @@ class Trainer:
         Raises NumericalError before any step.
         """
         ctx = self.model.context(pack.layout, dropout=self.settings.attention_dropout)
-        hidden = self.model.run(pack.tokens, ctx, self.settings.recompute)
+        hidden = self.model.run(pack.tokens, ctx, self.settings.recompute, pack.read)
         loss = pack_loss(self.model, pack, ctx, hidden) / max(supervised, 1.0)
         del hidden  # its memory is the backward's
         value = float(loss.detach())
@@ -278,8 +278,8 @@ class Trainer:
         """Run rows without a loss, for a diagnosis."""
         for pack in self._packs(rows):
             ctx = self.model.context(pack.layout)
-            hidden = self.model.run(pack.tokens, ctx)
-            for _ in self.model.logits_in_parts(hidden.index_select(0, pack.where), ctx):
+            hidden = self.model.run(pack.tokens, ctx, rows=pack.read)
+            for _ in self.model.logits_in_parts(hidden, ctx):
                 pass
 
     def _warn(self, topic: str, line: str | None) -> None:

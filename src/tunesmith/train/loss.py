@@ -1,7 +1,7 @@
 """The loss of a pack: cross-entropy at the targets only, in chunks, gradients of the hidden states formed in the same
 pass.
 
-    sum_i weight_i * -log softmax(lm_head(hidden[where_i]))[target_i]
+    sum_i weight_i * -log softmax(lm_head(hidden[read[place_i]]))[target_i]
 
 Logits of a whole row never exist. Where the head, its edits or a tied embedding train, their gradients come from the
 same chunks. The caller divides by the number of supervised tokens of the *global* batch, so that neither the size of
@@ -25,15 +25,15 @@ from tunesmith.model.seam import Context
 
 
 def pack_loss(model: Llama, pack: Pack, ctx: Context, hidden: Tensor) -> Tensor:
-    """Summed weighted cross-entropy of `pack`, a scalar, float32 (float64 stays), for hidden (tokens, hidden_size)."""
+    """Summed weighted cross-entropy of `pack`, a scalar, float32 (float64 stays), for the states at `pack.read`."""
     trained = [p for p in model.lm_head.parameters() if p.requires_grad]
-    rows = hidden.index_select(0, pack.where)
+    rows = hidden.index_select(0, pack.place)
     return _ChunkedLoss.apply(rows, model, ctx, pack.target, pack.weight, *trained)
 
 
 def plain_loss(model: Llama, pack: Pack, ctx: Context, hidden: Tensor) -> Tensor:
     """The same by autograd, all logits at once: the twin that `pack_loss` is held against."""
-    logits = model.logits(hidden.index_select(0, pack.where), ctx)
+    logits = model.logits(hidden.index_select(0, pack.place), ctx)
     losses = functional.cross_entropy(logits, pack.target, reduction="none")
     return (losses * pack.weight.to(losses.dtype)).sum()
 

@@ -94,7 +94,7 @@ def step_bytes(
     """
     ctx = model.context(pack.layout, dropout=dropout)  # beforehand: positions and tiles are no bytes to speak of
     with shapes_only(native), counting(model, adapter, pack, first) as count:
-        hidden = model.run(pack.tokens, ctx, recompute)
+        hidden = model.run(pack.tokens, ctx, recompute, pack.read)
         count.forward()
         loss = pack_loss(model, pack, ctx, hidden)
         del hidden  # a step of the loop does not hold it either
@@ -182,7 +182,7 @@ def counting(model: Llama, adapter: Adapter, pack: Pack, first: bool = False) ->
             p.grad = None if first else torch.empty_like(p)
         gradients = [p.grad for p in trained if p.grad is not None]
         live.ignore([*model.parameters(), *model.buffers(), *gradients])
-        live.ignore([pack.tokens, pack.where, pack.target, pack.weight])
+        live.ignore([pack.tokens, pack.read, pack.place, pack.target, pack.weight])
         live.now = live.peak = 0
         count = Count(live, first)
         try:
