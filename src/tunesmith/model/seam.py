@@ -101,7 +101,7 @@ class Context:
         return self.only(rows) if self.by_row else self
 
     def only(self, rows: Tensor) -> Context:
-        """For values that hold only these of the callers' tokens. Raises ValueError for one that is there twice."""
+        """For values that hold only some of the callers' tokens, each once; else, with routes, a ValueError."""
         if not self.by_row:
             return replace(self, rows=rows + self.extra)
         place = torch.full((self.layout.tokens,), -1, device=rows.device)
