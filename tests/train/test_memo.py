@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,8 @@ def test_other_work_is_counted_anew(tmp_path: Path) -> None:
     assert ask(*work(tmp_path, dropout=0.1), OTHER) == OTHER
     shorter = packs_of(Llama(TINY), examples()[:2], device="meta")[0]
     assert ask(memo, shorter, OTHER) == OTHER and ask(memo, pack, OTHER) == ONE
+    fewer = replace(pack, read=pack.read[:-1])  # the last block runs for one position less, with as many targets
+    assert ask(memo, fewer, OTHER) == OTHER
 
 
 def test_another_source_leaves_nothing_of_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

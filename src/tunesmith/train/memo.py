@@ -81,7 +81,7 @@ def _shape(pack: Pack) -> Iterator[object]:
     yield from (layout.starts, layout.lengths, layout.parents)
     yield None if layout.answer_ends is None else layout.answer_ends.tolist()
     yield [picture is not None for picture in layout.pictures]
-    yield from (tuple(t.shape) for t in (pack.tokens, pack.where, pack.target, pack.weight))
+    yield from (tuple(t.shape) for t in (pack.tokens, pack.read, pack.target, pack.weight))
 
 
 @cache
