@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from tunesmith.errors import ConfigError
-from tunesmith.model import fused, matmul, native
+from tunesmith.hardware import cpu_features
+from tunesmith.model import fused, native
 from tunesmith.model.attention import attend
+from tunesmith.model.build import build, compiler
 from tunesmith.model.layout import Layout
 
 needs_compiler = pytest.mark.skipif(native.built()[0] is None, reason=f"NOT TESTED: {native.built()[1]}")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # of the largest value: a few units in the last place
 
 
@@ -50,15 +55,40 @@ def test_a_kernel_is_its_formula(function, dtype: torch.dtype) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("slow", [False, True], ids=["as it is", "products in float32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_native_attention_is_the_dense_formula(
-    dtype: torch.dtype, slow: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+def test_native_attention_is_the_dense_formula(dtype: torch.dtype, window: int | None) -> None:
+    held_against_dense(dtype, window)
+
+
+@needs_compiler
+@pytest.mark.parametrize("width", [8, 24, 80, 128])
+def test_native_attention_of_any_head_dim(width: int) -> None:
+    held_against_dense(torch.float32, None, width)
+
+
+@needs_compiler
+@pytest.mark.skipif(not X86, reason="NOT TESTED: no x86 processor here")
+@pytest.mark.parametrize(("kind", "needed"), [("x86-64", "sse2"), ("haswell", "avx2"), ("skylake-avx512", "avx512bw")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_native_attention_with_the_vectors_of_other_processors(
+    dtype: torch.dtype, kind: str, needed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matmul, "slow_bfloat16", lambda: slow)
+    if needed not in cpu_features():
+        pytest.skip(f"NOT TESTED: this processor has no {needed}")
+    sources = [path for path in native.SOURCES if path.name in ("attention.cpp", "bf16.h", "exponential.h")]
+    flags = [f"-march={kind}" if flag == "-march=native" else flag for flag in native.FLAGS]
+    command = compiler()
+    assert command is not None
+    library = ctypes.CDLL(str(build(command, sources, flags)))
+    monkeypatch.setattr(native, "built", lambda: (native.Kernels(library), kind))
+    held_against_dense(dtype, 70, 80)
+
+
+def held_against_dense(dtype: torch.dtype, window: int | None, width: int = 32) -> None:
+    """Attention over a tree, and its gradients, by the kernels and by the formula in float64."""
     torch.manual_seed(1)
-    layout = Layout.of([11, 600, 3, 40, 1], [-1, 0, 0, 2, -1])  # one tile beyond KEPT_KEYS: its backward starts anew
-    shapes = [(layout.tokens, heads, 32) for heads in (6, 2, 2)]
+    layout = Layout.of([11, 600, 3, 40, 1], [-1, 0, 0, 2, -1])
+    shapes = [(layout.tokens, heads, width) for heads in (6, 2, 2)]
     exact = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     own = [t.to(dtype).requires_grad_() for t in exact]
     truth = [t.detach().double().requires_grad_() for t in own]

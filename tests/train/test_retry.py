@@ -166,7 +166,7 @@ def child(room: int, memory: str, folder: Path) -> subprocess.CompletedProcess[s
 @pytest.mark.skipif(not allocator.can_be_used(), reason="NOT TESTED: Linux and a C++ compiler are needed")
 def test_a_run_under_a_real_limit_ends_with_the_same_losses(tmp_path: Path) -> None:
     free = json.loads(child(0, "auto", tmp_path / "free").stdout)
-    assert free["peak"] > 150 and not any("memory" in line for line in free["said"])
+    assert free["peak"] > 125 and not any("memory" in line for line in free["said"])
     tight = child(110, "auto", tmp_path / "tight")
     found = json.loads(tight.stdout)
     assert any("memory ran out" in line for line in found["said"])

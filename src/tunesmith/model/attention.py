@@ -2,10 +2,10 @@
 
     softmax(q k^T / sqrt(head_dim)) v   over the keys that the layout lets each query see
 
-Queries of the heads that share a key/value head are stacked, so grouped attention is one batched product per tile
-batch and keys are never repeated. The backward is written out: probabilities of long tiles are computed again there, so
-that nothing of size queries x keys outlives the forward. How it compares with scaled_dot_product_attention, example by
-example, stands in docs/decisions.md.
+Queries of the heads that share a key/value head are stacked, so that keys are never repeated. The backward is written
+out and computes probabilities again: nothing of size queries x keys outlives the forward. On a CPU a native kernel does
+it all (native_attention.py, attention.cpp), elsewhere one batched product per tile batch. How it compares with
+scaled_dot_product_attention, example by example, stands in docs/decisions.md.
 
 A sparse pattern's keys may come in several disjoint parts, each with tiles of its own. Their outputs o and the
 log-sum-exps s of their scores are merged, and the backward needs the sums over all parts only:
@@ -58,7 +58,7 @@ def _attend_tiled(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, pattern: Pattern | None, dropout: float
 ) -> Tensor:
     if pattern is None:
-        return _over_parts(q, k, v, [layout.tiles(window)], dropout, keep=True)
+        return _over_parts(q, k, v, [layout.tiles(window)], dropout)
     group = q.shape[1] // k.shape[1]
     found = []
     for low, high, field in pattern.split(k.shape[1]):
@@ -69,16 +69,11 @@ def _attend_tiled(
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
-def _over_parts(
-    q: Tensor, k: Tensor, v: Tensor, parts: list[tuple[Tensor, ...]], dropout: float, keep: bool = False
-) -> Tensor:
-    """Attention over the union of disjoint parts, each a tuple of tiles.
-
-    `keep`: see `NativeAttention`; sparse patterns are there to save memory, so they do not.
-    """
+def _over_parts(q: Tensor, k: Tensor, v: Tensor, parts: list[tuple[Tensor, ...]], dropout: float) -> Tensor:
+    """Attention over the union of disjoint parts, each a tuple of tiles."""
     tiles = [tensor for part in parts for tensor in part]
     if dropout == 0 and kernels_for(q, k, v):
-        return NativeAttention.apply(q, k, v, [len(part) for part in parts], keep, *tiles)
+        return NativeAttention.apply(q, k, v, [len(part) for part in parts], *tiles)
     seed = draw_seed() if dropout else None
     return _Attend.apply(q, k, v, len(parts) > 1, dropout, seed, *tiles)
 

@@ -2,7 +2,7 @@
 //
 // Values are float or bfloat16 in memory and float in registers. A row is always computed by one thread in one order, so
 // results do not depend on the number of threads. NaN and infinity pass through: the guards of training rely on it.
-// Built by native.py with the machine's own compiler; the formulas and their torch twins stand in fused.py and attention.py.
+// Built by native.py with the machine's own compiler; the formulas and their torch twins stand in fused.py.
 
 #include <cmath>
 #include <cstdint>
@@ -130,108 +130,6 @@ void rotate(const T* x, const T* cosine, const T* sine, T* out, int64_t tokens, 
     }
 }
 
-// Rows of x (tokens, heads, d) at `rows` (batch, n; negative: zeros) -> out (batch, kv, group, n, d), heads = kv * group.
-template <class T, class O>
-void stack(const T* x, const int64_t* rows, O* out, int64_t batch, int64_t n, int64_t kv, int64_t group, int64_t d, float scale) {
-#pragma omp parallel for schedule(static) collapse(2)
-    for (int64_t b = 0; b < batch; b++)
-        for (int64_t h = 0; h < kv * group; h++) {
-            O* o = out + (b * kv * group + h) * n * d;
-            for (int64_t i = 0; i < n; i++) {
-                int64_t row = rows[b * n + i];
-                const T* a = x + (row * kv * group + h) * d;
-                if (row < 0) std::memset(o + i * d, 0, size_t(d) * sizeof(O));
-                else
-#pragma omp simd
-                    for (int64_t j = 0; j < d; j++) store(o + i * d + j, load(a + j) * scale);
-            }
-        }
-}
-
-// The reverse: x (batch, kv, group, n, d) times scale to out (tokens, heads, d) at `rows`; every row occurs once.
-template <class T, class O>
-void unstack(const T* x, const int64_t* rows, O* out, int64_t batch, int64_t n, int64_t kv, int64_t group, int64_t d, float scale) {
-#pragma omp parallel for schedule(static) collapse(2)
-    for (int64_t b = 0; b < batch; b++)
-        for (int64_t h = 0; h < kv * group; h++) {
-            const T* a = x + (b * kv * group + h) * n * d;
-            for (int64_t i = 0; i < n; i++) {
-                int64_t row = rows[b * n + i];
-                if (row < 0) continue;
-                O* o = out + (row * kv * group + h) * d;
-#pragma omp simd
-                for (int64_t j = 0; j < d; j++) store(o + j, load(a + i * d + j) * scale);
-            }
-        }
-}
-
-// out (tokens, kv, d), float, gains x (batch, kv, m, d) at `rows` (batch, m); rows may repeat, so a thread has heads to itself.
-template <class T>
-void gather_add(const T* x, const int64_t* rows, float* out, int64_t batch, int64_t m, int64_t kv, int64_t d, float scale) {
-#pragma omp parallel for schedule(static) collapse(2)
-    for (int64_t h = 0; h < kv; h++)
-        for (int64_t part = 0; part < d; part += 16)
-            for (int64_t b = 0; b < batch; b++)
-                for (int64_t i = 0; i < m; i++) {
-                    const T* a = x + ((b * kv + h) * m + i) * d + part;
-                    float* o = out + (rows[b * m + i] * kv + h) * d + part;
-                    int64_t width = d - part < 16 ? d - part : 16;
-#pragma omp simd
-                    for (int64_t j = 0; j < width; j++) o[j] += load(a + j) * scale;
-                }
-}
-
-// scores (batch, heads, n, m), float -> probabilities p of the same shape. Query i of tile b sees keys [low, high) of its tile,
-// visible (batch, n, 2); all others get 0. low >= high: a padded query, all 0. lse, if given: the rows' log-sum-exp.
-template <class T>
-void softmax(const float* scores, const int64_t* visible, T* p, float* lse, int64_t batch, int64_t heads, int64_t n, int64_t m) {
-#pragma omp parallel for schedule(static) collapse(2)
-    for (int64_t b = 0; b < batch; b++)
-        for (int64_t r = 0; r < heads * n; r++) {
-            const int64_t* range = visible + (b * n + r % n) * 2;
-            int64_t low = range[0], high = range[1];
-            const float* s = scores + (b * heads * n + r) * m;
-            T* o = p + (b * heads * n + r) * m;
-            for (int64_t j = 0; j < m && j < low; j++) store(o + j, 0.0f);
-            float most = -std::numeric_limits<float>::infinity(), sum = 0;
-#pragma omp simd reduction(max : most)
-            for (int64_t j = low; j < high; j++) most = s[j] > most ? s[j] : most;
-            float* w = const_cast<float*>(s);  // the scores are scratch space from here on
-#pragma omp simd reduction(+ : sum)
-            for (int64_t j = low; j < high; j++) {
-                w[j] = exponential(s[j] - most);
-                sum += w[j];
-            }
-            float inverse = 1.0f / sum;
-            if (lse) lse[b * heads * n + r] = most + std::log(sum);
-#pragma omp simd
-            for (int64_t j = low; j < high; j++) store(o + j, w[j] * inverse);
-            for (int64_t j = high > low ? high : low; j < m; j++) store(o + j, 0.0f);
-        }
-}
-
-// ds = p (dp - sum_j p_j dp_j), row by row over the visible keys, written over dp. inner, if given: that sum.
-template <class T>
-void softmax_backward(const T* p, T* dp, const int64_t* visible, const float* inner, int64_t batch, int64_t heads, int64_t n,
-                      int64_t m) {
-#pragma omp parallel for schedule(static) collapse(2)
-    for (int64_t b = 0; b < batch; b++)
-        for (int64_t r = 0; r < heads * n; r++) {
-            const int64_t* range = visible + (b * n + r % n) * 2;
-            int64_t low = range[0], high = range[1];
-            const T* q = p + (b * heads * n + r) * m;
-            T* o = dp + (b * heads * n + r) * m;
-            float dot = 0;
-#pragma omp simd reduction(+ : dot)
-            for (int64_t j = low; j < high; j++) dot += load(q + j) * load(o + j);
-            if (inner) dot = inner[b * heads * n + r];
-            for (int64_t j = 0; j < m && j < low; j++) store(o + j, 0.0f);
-#pragma omp simd
-            for (int64_t j = low; j < high; j++) store(o + j, load(q + j) * (load(o + j) - dot));
-            for (int64_t j = high > low ? high : low; j < m; j++) store(o + j, 0.0f);
-        }
-}
-
 // Losses weight * -log softmax(logits)[target], and their gradient written over the logits (rows, size).
 template <class T>
 void cross_entropy(T* logits, const int64_t* target, const float* weight, float* loss, int64_t rows, int64_t size) {
@@ -271,34 +169,6 @@ void cross_entropy(T* logits, const int64_t* target, const float* weight, float*
     }                                                                                                                       \
     extern "C" void rotate_##NAME(const T* x, const T* c, const T* s, T* o, int64_t t, int64_t h, int64_t f, float sign) {  \
         rotate(x, c, s, o, t, h, f, sign);                                                                                  \
-    }                                                                                                                       \
-    extern "C" void stack_##NAME(const T* x, const int64_t* r, T* o, int64_t b, int64_t n, int64_t k, int64_t g, int64_t d, \
-                                 float s) {                                                                                 \
-        stack(x, r, o, b, n, k, g, d, s);                                                                                   \
-    }                                                                                                                       \
-    extern "C" void stack_wide_##NAME(const T* x, const int64_t* r, float* o, int64_t b, int64_t n, int64_t k, int64_t g,   \
-                                      int64_t d, float s) {                                                                 \
-        stack(x, r, o, b, n, k, g, d, s);                                                                                   \
-    }                                                                                                                       \
-    extern "C" void unstack_##NAME(const T* x, const int64_t* r, T* o, int64_t b, int64_t n, int64_t k, int64_t g,          \
-                                   int64_t d, float s) {                                                                    \
-        unstack(x, r, o, b, n, k, g, d, s);                                                                                 \
-    }                                                                                                                       \
-    extern "C" void unstack_wide_##NAME(const float* x, const int64_t* r, T* o, int64_t b, int64_t n, int64_t k, int64_t g, \
-                                        int64_t d, float s) {                                                               \
-        unstack(x, r, o, b, n, k, g, d, s);                                                                                 \
-    }                                                                                                                       \
-    extern "C" void gather_add_##NAME(const T* x, const int64_t* r, float* o, int64_t b, int64_t m, int64_t k, int64_t d,   \
-                                      float s) {                                                                            \
-        gather_add(x, r, o, b, m, k, d, s);                                                                                 \
-    }                                                                                                                       \
-    extern "C" void softmax_##NAME(const float* s, const int64_t* v, T* p, float* l, int64_t b, int64_t h, int64_t n,       \
-                                   int64_t m) {                                                                             \
-        softmax(s, v, p, l, b, h, n, m);                                                                                    \
-    }                                                                                                                       \
-    extern "C" void softmax_backward_##NAME(const T* p, T* d, const int64_t* v, const float* i, int64_t b, int64_t h,       \
-                                            int64_t n, int64_t m) {                                                         \
-        softmax_backward(p, d, v, i, b, h, n, m);                                                                           \
     }                                                                                                                       \
     extern "C" void cross_entropy_##NAME(T* l, const int64_t* t, const float* w, float* o, int64_t r, int64_t s) {          \
         cross_entropy(l, t, w, o, r, s);                                                                                    \

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tunesmith.model.sight import Picture
 
 QUERY_BLOCK = 256  # queries of a tile: long segments skip the half of the pairs that causality forbids
-TILE_ELEMENTS = 1 << 20  # scores of one batched product (per head): keeps the work set inside the processor's cache
+TILE_ELEMENTS = 1 << 20  # scores of one batch of tiles (per head), which batched products hold at once
 
 
 @dataclass(frozen=True)

@@ -70,9 +70,11 @@ def back(grad: Tensor, weight: Tensor) -> Tensor:
 def back_weight(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of W, (rows, columns), for that of W x and x, (tokens, columns); it has none itself."""
     if widened(grad, x):
-        return (grad.float().t() @ x.float()).to(grad.dtype)
+        return back_weight(grad.float(), x.float()).to(grad.dtype)
     if _possible(grad, x) and narrow_products():
         return _onednn(grad.t(), x.t())
+    if x.shape[1] < grad.shape[1]:  # a tall result takes the default library up to 20 times as long as a wide one
+        return (x.t() @ grad).t().contiguous()
     return grad.t() @ x
 
 

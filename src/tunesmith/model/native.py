@@ -1,5 +1,6 @@
-"""Builds, loads and calls kernels.cpp: the CPU's element-wise work in one pass where torch makes several; and
-quantized.cpp and few_rows.cpp, which read frozen weights of few bits (called from product.py); and token_step.cpp.
+"""Builds, loads and calls kernels.cpp, the CPU's element-wise work in one pass where torch makes several;
+attention.cpp; quantized.cpp and few_rows.cpp, which read frozen weights of few bits (called from product.py); and
+token_step.cpp.
 
 The machine's own C++ compiler builds it once (a few seconds) into the cache folder, under a name that tells source,
 flags, compiler and processor apart. Where there is no compiler the torch formulas of fused.py and attention.py do the
@@ -26,10 +27,12 @@ from tunesmith.model.build import NO_COMPILER, build, compiler, reason
 SOURCES = tuple(
     Path(__file__).with_name(name)
     for name in (
-        *("kernels.cpp", "quantized.cpp", "few_rows.cpp", "token_step.cpp"),
+        *("kernels.cpp", "attention.cpp", "quantized.cpp", "few_rows.cpp", "token_step.cpp"),
         *("bf16.h", "dots.h", "expand.h", "exponential.h"),
     )
 )
+Tiles = tuple[Tensor, Tensor, Tensor]  # queries, keys, visible
+_PANEL, _ROWS = 64, 48  # attention.cpp's; its panels are narrower on some processors
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),  # none of these touches NaN or infinity
@@ -89,48 +92,31 @@ class Kernels:
         self.call("rotate", x.dtype, x, cos, sin, out, *x.shape[:2], x.shape[2] // 2, sign)
         return out
 
-    def stack(self, x: Tensor, rows: Tensor, kv_heads: int, *, scale: float = 1.0, wide: bool = False) -> Tensor:
-        """x (tokens, heads, d) at rows (batch, n; -1: zeros) -> (batch * kv_heads, group * n, d) times scale.
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, out: Tensor, sums: Tensor | None = None) -> None:
+        """Write attention over a batch of tiles (`Layout.tiles`) to its rows of `out`, (tokens, heads, d).
 
-        `wide` gives float32.
+        `sums`: where to write their scores' log-sum-exp, (tokens, heads, 1), float32.
         """
-        (batch, n), (_, heads, width) = rows.shape, x.shape
-        out = x.new_empty((batch * kv_heads, heads // kv_heads * n, width), dtype=torch.float32 if wide else x.dtype)
-        name = "stack_wide" if wide else "stack"
-        self.call(name, x.dtype, x, rows, out, batch, n, kv_heads, heads // kv_heads, width, scale)
-        return out
+        sizes, work, _ = _attention_memory(q, k, tiles, copies=2, scores=1)
+        self.call("attention", q.dtype, q, k, v, *tiles, out, or_null(sums), work, sizes)
 
-    def unstack(self, x: Tensor, rows: Tensor, out: Tensor, kv_heads: int, *, scale: float = 1.0) -> None:
-        """The reverse of `stack`, into `out` (tokens, heads, d); rows of -1 are dropped; x may be float32."""
-        (batch, n), (_, heads, width) = rows.shape, out.shape
-        name = "unstack" if x.dtype == out.dtype else "unstack_wide"
-        self.call(name, out.dtype, x, rows, out, batch, n, kv_heads, heads // kv_heads, width, scale)
+    def attention_backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grad: Tensor,
+        tiles: Tiles,
+        inner: Tensor | None,
+        found: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        """Of the gradients in `found`, write the batch's rows of that of q, and add to those of k and v, in float32.
 
-    def gather_add(self, x: Tensor, rows: Tensor, out: Tensor, *, scale: float = 1.0) -> None:
-        """Add x (batch * kv_heads, m, d) to the rows (batch, m) of `out` (tokens, kv_heads, d), float32."""
-        (batch, m), (_, heads, width) = rows.shape, out.shape
-        self.call("gather_add", x.dtype, x, rows, out, batch, m, heads, width, scale)
-
-    def softmax(self, scores: Tensor, visible: Tensor, dtype: torch.dtype, lse: Tensor | None = None) -> Tensor:
-        """Probabilities of float32 scores (batch * kv_heads, group * n, m), which are overwritten.
-
-        Query i of tile b sees the keys visible[b, i, 0] to visible[b, i, 1]; the others get 0. `lse`: where to write
-        the rows' log-sum-exp, (batch * kv_heads, group * n, 1), float32.
+        `inner`: of every row, the sum of p dp, (tokens, heads, 1), float32, where it runs over more keys than these.
         """
-        (batch, n, _), (stacked, rows, m) = visible.shape, scores.shape
-        p = torch.empty_like(scores, dtype=dtype)
-        self.call("softmax", dtype, scores, visible, p, or_null(lse), batch, stacked * rows // batch // n, n, m)
-        return p
-
-    def softmax_backward(self, p: Tensor, dp: Tensor, visible: Tensor, inner: Tensor | None = None) -> Tensor:
-        """p (dp - sum p dp) over the visible keys, written over dp.
-
-        `inner`: the sums, (batch * kv_heads, group * n, 1), float32, where they run over more keys than these.
-        """
-        (batch, n, _), (stacked, rows, m) = visible.shape, p.shape
-        heads = stacked * rows // batch // n
-        self.call("softmax_backward", p.dtype, p, dp, visible, or_null(inner), batch, heads, n, m)
-        return dp
+        sizes, work, each = _attention_memory(q, k, tiles, copies=3, scores=2)
+        keys = work.new_empty(2 * len(tiles[1]) * k.shape[1] * each)
+        self.call("attention_backward", q.dtype, q, k, v, grad, or_null(inner), *tiles, *found, keys, work, sizes)
 
     def cross_entropy(self, logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         """Weighted losses (rows,), float32, of logits (rows, size), which become their own gradient."""
@@ -153,6 +139,19 @@ class Kernels:
 def or_null(x: Tensor | None) -> Tensor:
     """A tensor, or one whose address is 0."""
     return torch.empty(0) if x is None else x
+
+
+def _attention_memory(q: Tensor, k: Tensor, tiles: Tiles, copies: int, scores: int) -> tuple[Tensor, Tensor, int]:
+    """Sizes for attention.cpp, the scratch space of all its threads, and the floats that a tile's keys take.
+
+    A thread has so many `copies` of a tile's keys, and so many blocks of `scores`.
+    """
+    (batch, n), m, (_, kv_heads, width) = tiles[0].shape, tiles[1].shape[1], k.shape
+    wide, long = (-(-size // _PANEL) * _PANEL for size in (width, m))
+    each = copies * long * wide + _ROWS * (scores * (long + _PANEL) + (scores + 1) * wide)
+    threads = min(torch.get_num_threads(), batch * kv_heads)
+    sizes = torch.tensor([batch, n, m, kv_heads, q.shape[1] // kv_heads, width, threads, each])
+    return sizes, q.new_empty(threads * each, dtype=torch.float32), long * wide
 
 
 class ShapeKernels(Kernels):

@@ -2,8 +2,8 @@
 
     False        nothing: every value that the backward needs is kept
     True         the block: its input is kept, and it is run again   (arXiv:1604.06174)
-    "selective"  all but the products W x, which are kept (with what LoRA adds): norms, rotary embedding, attention's
-                 probabilities, SwiGLU and what other adapters add are run again
+    "selective"  all but the products W x, which are kept (with what LoRA adds): norms, rotary embedding,
+                 attention, SwiGLU and what other adapters add are run again
                  (after arXiv:2205.05198, section 5, for frozen weights)
 
 The products are most of a block's work and, with the block's input, all that the rest can be made from. Since the rest
