@@ -14,7 +14,7 @@ from tests.data.conftest import write_folder
 from tests.export.small_run import make_base, make_model, make_run, train_like
 
 from tunesmith.errors import AdapterError, VerificationError
-from tunesmith.export.probe import read_probe, write_probe
+from tunesmith.export.probe import make_probe, read_probe, write_probe
 from tunesmith.export.verify import verify_adapter, verify_path, verify_run
 from tunesmith.files import MARKER, sha256_file
 from tunesmith.model.load import load_model
@@ -62,6 +62,15 @@ def edit_json(run: Path, change) -> None:
     change(own)
     path.write_text(json.dumps(own))
     reseal(run)
+
+
+@pytest.mark.parametrize(
+    ("rows", "taken"),
+    [([40] * 10, [40] * 8), ([300] * 4, [256, 256]), ([0, 200, 200, 112, 1], [200, 200, 112]), ([3, 0], [3])],
+)
+def test_a_probe_is_a_few_hundred_tokens(rows: list[int], taken: list[int]) -> None:
+    probe = make_probe([[1] * size for size in rows])
+    assert list(probe.lengths) == taken and len(probe.tokens) == sum(taken)
 
 
 def test_a_whole_run_passes_in_a_fresh_process(run):

@@ -29,6 +29,7 @@ from tunesmith.tokenizer.base import GOLDEN
 
 PROBE = "verify_probe.safetensors"
 MAX_ROWS, MAX_TOKENS, PLACES = 8, 256, 8  # rows, tokens of a row, places of a row whose logits are kept
+ENOUGH = 512  # tokens: two rows are always taken, others while no more than these are taken in all
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def write_probe(
 ) -> None:
     """Record in `folder` (the run's) what `model` computes for the first `rows` of ids, with adapters and without.
 
-    Each row is cut to MAX_TOKENS; logits are kept at PLACES places of each; rows may be `Prompt`s with an image. Raises
-    AdapterError where no row has any tokens.
+    Each row is cut to MAX_TOKENS; there are fewer of long ones; logits are kept at PLACES places of each. Rows may be
+    `Prompt`s with an image. Raises AdapterError where no row has any tokens.
     """
     probe = replace(make_probe(rows), images=_images(rows, model.needs(adapters).looks))
     live = logits_at(model, probe, adapters)
@@ -94,7 +95,7 @@ def write_probe(
 
 def make_probe(rows: Sequence[Sequence[int]]) -> Probe:
     """Rows of token ids as a probe without logits. Raises AdapterError where no row has tokens."""
-    cut = [list(row[:MAX_TOKENS]) for row in rows if len(row)][:MAX_ROWS]
+    cut = _chosen(rows)
     if not cut:
         raise AdapterError("verification needs at least one row of tokens to compare logits on; give it data")
     starts, start = [], 0
@@ -104,6 +105,14 @@ def make_probe(rows: Sequence[Sequence[int]]) -> Probe:
         start += len(row)
     tokens = torch.tensor([token for row in cut for token in row])
     return Probe(tokens, tuple(len(row) for row in cut), torch.cat(starts))
+
+
+def _chosen(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The first rows that have tokens, each cut to MAX_TOKENS."""
+    found = [list(row[:MAX_TOKENS]) for row in rows if len(row)][:MAX_ROWS]
+    while len(found) > 2 and sum(map(len, found)) > ENOUGH:
+        found.pop()
+    return found
 
 
 def built_in_rows(tokenizer: Tokenizer | None, config: ModelConfig) -> list[list[int]]:
@@ -161,7 +170,7 @@ def _half(ids: np.ndarray, picture: Picture | None) -> Example:
 
 def _images(rows: Sequence[Sequence[int]], looks: Sequence[Look]) -> Images | None:
     """What is looked at of the rows' images; None where nothing is."""
-    pictures, of_row = distinct([picture_of(row) for row in rows if len(row)][:MAX_ROWS])
+    pictures, of_row = distinct([picture_of(row) for row in rows if len(row)][: len(_chosen(rows))])
     if not looks or not pictures:
         return None
     found = looked_up(pictures, looks, torch.device("cpu"))

@@ -33,7 +33,7 @@ class Memo:
 
     def __init__(self, model: Llama, *settings: object, root: Path | None = None) -> None:
         self._folder = (root or cache_dir() / "plans") / _stamp()
-        self._makeup = _digest(*settings, *_makeup(model))
+        self._makeup = _digest(torch.get_num_threads(), *settings, *_makeup(model))  # each has scratch space
 
     def step(self, pack: Pack, *how: object, count: Callable[[], StepBytes]) -> StepBytes:
         """What `count` finds, or found before, for this pack."""

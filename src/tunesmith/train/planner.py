@@ -137,7 +137,7 @@ def _pairs(pack: Pack) -> int:
     return max(int(n) for n in pack.layout.lengths)
 
 
-_SIZES: tuple[Callable[[Pack], int], ...] = (lambda pack: pack.layout.tokens, _pairs)
+_SIZES: tuple[Callable[[Pack], int], ...] = (lambda pack: pack.layout.tokens, _pairs, lambda pack: len(pack.read))
 
 
 def plan(work: Work, pack_tokens: int, recompute: Recompute | None = None) -> MemoryPlan:
