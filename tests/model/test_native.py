@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,9 +70,8 @@ def test_native_attention_of_any_head_dim(width: int) -> None:
 @needs_compiler
 @pytest.mark.skipif(not X86, reason="NOT TESTED: no x86 processor here")
 @pytest.mark.parametrize(("kind", "needed"), [("x86-64", "sse2"), ("haswell", "avx2"), ("skylake-avx512", "avx512bw")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_native_attention_with_the_vectors_of_other_processors(
-    dtype: torch.dtype, kind: str, needed: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, needed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if needed not in cpu_features():
         pytest.skip(f"NOT TESTED: this processor has no {needed}")
@@ -79,9 +79,11 @@ def test_native_attention_with_the_vectors_of_other_processors(
     flags = [f"-march={kind}" if flag == "-march=native" else flag for flag in native.FLAGS]
     command = compiler()
     assert command is not None
+    monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path))
     library = ctypes.CDLL(str(build(command, sources, flags)))
     monkeypatch.setattr(native, "built", lambda: (native.Kernels(library), kind))
-    held_against_dense(dtype, 70, 80)
+    for dtype in (torch.float32, torch.bfloat16):
+        held_against_dense(dtype, 70, 80)
 
 
 def held_against_dense(dtype: torch.dtype, window: int | None, width: int = 32) -> None:

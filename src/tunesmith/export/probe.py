@@ -78,7 +78,9 @@ def write_probe(
     Each row is cut to MAX_TOKENS; there are fewer of long ones; logits are kept at PLACES places of each. Rows may be
     `Prompt`s with an image. Raises AdapterError where no row has any tokens.
     """
-    probe = replace(make_probe(rows), images=_images(rows, model.needs(adapters).looks))
+    probe = make_probe(rows)
+    pictures = [picture_of(row) for row in rows if len(row)][: len(probe.lengths)]
+    probe = replace(probe, images=_images(pictures, model.needs(adapters).looks))
     live = logits_at(model, probe, adapters)
     tensors = {
         "tokens": probe.tokens,
@@ -95,7 +97,9 @@ def write_probe(
 
 def make_probe(rows: Sequence[Sequence[int]]) -> Probe:
     """Rows of token ids as a probe without logits. Raises AdapterError where no row has tokens."""
-    cut = _chosen(rows)
+    cut = [list(row[:MAX_TOKENS]) for row in rows if len(row)][:MAX_ROWS]
+    while len(cut) > 2 and sum(map(len, cut)) > ENOUGH:
+        cut.pop()
     if not cut:
         raise AdapterError("verification needs at least one row of tokens to compare logits on; give it data")
     starts, start = [], 0
@@ -105,14 +109,6 @@ def make_probe(rows: Sequence[Sequence[int]]) -> Probe:
         start += len(row)
     tokens = torch.tensor([token for row in cut for token in row])
     return Probe(tokens, tuple(len(row) for row in cut), torch.cat(starts))
-
-
-def _chosen(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The first rows that have tokens, each cut to MAX_TOKENS."""
-    found = [list(row[:MAX_TOKENS]) for row in rows if len(row)][:MAX_ROWS]
-    while len(found) > 2 and sum(map(len, found)) > ENOUGH:
-        found.pop()
-    return found
 
 
 def built_in_rows(tokenizer: Tokenizer | None, config: ModelConfig) -> list[list[int]]:
@@ -168,12 +164,12 @@ def _half(ids: np.ndarray, picture: Picture | None) -> Example:
     return Example(ids, np.arange(len(ids)) >= (len(ids) + 1) // 2, "probe", picture=picture)
 
 
-def _images(rows: Sequence[Sequence[int]], looks: Sequence[Look]) -> Images | None:
+def _images(pictures: Sequence[Picture | None], looks: Sequence[Look]) -> Images | None:
     """What is looked at of the rows' images; None where nothing is."""
-    pictures, of_row = distinct([picture_of(row) for row in rows if len(row)][: len(_chosen(rows))])
-    if not looks or not pictures:
+    different, of_row = distinct(pictures)
+    if not looks or not different:
         return None
-    found = looked_up(pictures, looks, torch.device("cpu"))
+    found = looked_up(different, looks, torch.device("cpu"))
     return Images(tuple(found[look] for look in looks), torch.tensor(of_row))
 
 

@@ -24,6 +24,7 @@ from tunesmith.model.native import kernels_for
 
 SHORT, TALL = 64, 8192  # tokens up to which, and rows of W from which, oneDNN reads W faster
 VECTORS = 4  # tokens up to which torch multiplies vectors, which it does in bfloat16 at the speed of memory
+NARROW = 64  # columns of a weight whose gradient is made turned
 SLICE = 2 << 20  # weights whose float32 copy exists at once
 
 
@@ -73,7 +74,7 @@ def back_weight(grad: Tensor, x: Tensor) -> Tensor:
         return back_weight(grad.float(), x.float()).to(grad.dtype)
     if _possible(grad, x) and narrow_products():
         return _onednn(grad.t(), x.t())
-    if x.shape[1] < grad.shape[1]:  # a tall result takes the default library up to 20 times as long as a wide one
+    if x.shape[1] <= NARROW < grad.shape[1]:  # low-rank: the default library is some three times as fast turned
         return (x.t() @ grad).t().contiguous()
     return grad.t() @ x
 
