@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tunesmith.model import layout as layout_module
+from tunesmith.model import attention as attention_module
 from tunesmith.model.attention import BACKENDS, attend, attend_cached
-from tunesmith.model.layout import Layout
+from tunesmith.model.layout import Cut, Layout
 
 CUDA = pytest.param(
     "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED: no CUDA device here")
@@ -82,10 +82,11 @@ def test_backend_is_the_formula_on_cuda(backend: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_blocks_of_a_long_segment(device: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout_module, "QUERY_BLOCK", 4)
-        patch.setattr(layout_module, "TILE_ELEMENTS", 64)
+        for name in ("BATCHED", "NATIVE"):
+            patch.setattr(attention_module, name, Cut(4, 64, 1.5))
         for shape in SHAPES:
             law("tiled", device, shape, 6, 2, torch.float64, 1e-13)
+            law("tiled", device, shape, 6, 2, torch.float32, LIMITS[torch.float32])
 
 
 def test_dense_is_torch() -> None:

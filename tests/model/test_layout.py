@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.errors import ModelError
-from tunesmith.model import layout as layout_module
-from tunesmith.model.layout import Layout
+from tunesmith.model.layout import BATCHED, NATIVE, Cut, Layout
 
 
 @st.composite
@@ -45,10 +44,7 @@ def test_mask_is_the_truth(layout: Layout, window: int | None) -> None:
 @settings(deadline=None, max_examples=150)
 @given(trees(), st.one_of(st.none(), st.integers(1, 12)), st.integers(1, 5), st.sampled_from([1, 40, 1 << 20]))
 def test_tiles_hold_exactly_the_pairs_of_the_mask(layout: Layout, window: int | None, block: int, room: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout_module, "QUERY_BLOCK", block)
-        patch.setattr(layout_module, "TILE_ELEMENTS", room)
-        tiles = layout.tiles(window)
+    tiles = layout.tiles(window, cut=Cut(block, room, 1.5))
     count = np.zeros((layout.tokens, layout.tokens), int)
     answered = np.zeros(layout.tokens, int)
     for queries, keys, visible in zip(tiles[::3], tiles[1::3], tiles[2::3], strict=True):
@@ -75,12 +71,13 @@ def test_positions_count_from_the_root(layout: Layout) -> None:
         assert layout.offsets[segment] == len(rows) - length
 
 
-def test_long_segments_are_cut_into_blocks_that_skip_the_future() -> None:
-    n = 16 * layout_module.QUERY_BLOCK
-    tiles = Layout.single(n).tiles()
+@pytest.mark.parametrize("cut", [BATCHED, NATIVE])
+def test_long_segments_are_cut_into_blocks_that_skip_the_future(cut: Cut) -> None:
+    n = 16 * cut.queries
+    tiles = Layout.single(n).tiles(cut=cut)
     pairs = sum(hidden.numel() for hidden in tiles[2::3])
     assert pairs < 0.6 * n * n
-    windowed = Layout.single(n).tiles(32)
+    windowed = Layout.single(n).tiles(32, cut=cut)
     assert sum(hidden.numel() for hidden in windowed[2::3]) < 0.3 * n * n
 
 

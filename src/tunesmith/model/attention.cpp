@@ -203,11 +203,11 @@ void forward(const Tile& t, const T* q, const T* k, const T* v, T* out, float* l
     }
 }
 
-// dk and dv (padded m, padded d) of the tile are made; dq goes to its place. inner, if given: sum_j p_j (do v^T)_j of
-// every query and head, (tokens, heads), where it runs over more keys than these.
+// dk and dv (padded m, padded d) of the tile are made; dq goes to its place. Of every query and head, (tokens, heads): lse, the
+// log-sum-exp of its scores, and, where that is over more keys than these, inner: sum_j p_j (do v^T)_j over all of them.
 template <class T>
-void backward(const Tile& t, const T* q, const T* k, const T* v, const T* grad, const float* inner, T* dq, float* dk, float* dv,
-              float* work) {
+void backward(const Tile& t, const T* q, const T* k, const T* v, const T* grad, const float* lse, const float* inner, T* dq,
+              float* dk, float* dv, float* work) {
     int64_t size = padded(t.m) * t.wide();
     float *keys = work, *keys_turned = keys + size, *values_turned = keys_turned + size, *p = values_turned + size;
     float *ds = p + ROWS * t.stride(), *rows = ds + ROWS * t.stride(), *g = rows + ROWS * t.wide(), *o = g + ROWS * t.wide();
@@ -223,18 +223,18 @@ void backward(const Tile& t, const T* q, const T* k, const T* v, const T* grad, 
         scores(t, span, g, values_turned, ds);
         for (int64_t i = 0; i < span.rows; i++) {
             Seen seen(t, start + i);
-            float *pi = p + i * t.stride(), *di = ds + i * t.stride(), most, dot = 0;
-            float inverse = 1.0f / exponentials(seen, span, pi, &most);
+            float *pi = p + i * t.stride(), *di = ds + i * t.stride(), dot = 0;
+            float all = seen.low < seen.high ? lse[t.at(start + i)] : 0.0f;
+            for (int64_t j = span.low; j < seen.low; j++) pi[j] = di[j] = 0;
 #pragma omp simd reduction(+ : dot)
             for (int64_t j = seen.low; j < seen.high; j++) {
-                pi[j] *= inverse;
+                pi[j] = exponential(pi[j] - all);
                 dot += pi[j] * di[j];
             }
             if (inner && seen.low < seen.high) dot = inner[t.at(start + i)];
-            for (int64_t j = span.low; j < seen.low; j++) di[j] = 0;
 #pragma omp simd
             for (int64_t j = seen.low; j < seen.high; j++) di[j] = pi[j] * (di[j] - dot);
-            for (int64_t j = std::max(seen.high, span.low); j < span.high; j++) di[j] = 0;
+            for (int64_t j = std::max(seen.high, span.low); j < span.high; j++) pi[j] = di[j] = 0;
         }
         scattered(t, span, p, g, dv);
         scattered(t, span, ds, rows, dk);
@@ -282,12 +282,13 @@ void share(const Sizes& of, const int64_t* queries, const int64_t* keys, const i
             forward(tile, q, k, v, out, lse, own);                                                                          \
         });                                                                                                                 \
     }                                                                                                                       \
-    extern "C" void attention_backward_##NAME(const T* q, const T* k, const T* v, const T* grad, const float* inner,        \
-                                              const int64_t* queries, const int64_t* keys, const int64_t* visible, T* dq,   \
-                                              float* dk, float* dv, float* found, float* work, const Sizes* of) {           \
+    extern "C" void attention_backward_##NAME(                                                                              \
+        const T* q, const T* k, const T* v, const T* grad, const float* lse, const float* inner, const int64_t* queries,    \
+        const int64_t* keys, const int64_t* visible, T* dq, float* dk, float* dv, float* found, float* work,                \
+        const Sizes* of) {                                                                                                  \
         int64_t size = padded(of->m) * padded(of->d), count = of->batch * of->kv;                                           \
         share(*of, queries, keys, visible, work, [=](const Tile& tile, int64_t i, float* own) {                             \
-            backward(tile, q, k, v, grad, inner, dq, found + i * size, found + (count + i) * size, own);                    \
+            backward(tile, q, k, v, grad, lse, inner, dq, found + i * size, found + (count + i) * size, own);               \
         });                                                                                                                 \
         add(*of, found, keys, dk);                                                                                          \
         add(*of, found + count * size, keys, dv);                                                                           \

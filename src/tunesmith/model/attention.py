@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from tunesmith.errors import ModelError
 from tunesmith.model.dropout import draw_seed
-from tunesmith.model.layout import Layout
+from tunesmith.model.layout import BATCHED, NATIVE, Layout
 from tunesmith.model.native import kernels_for
 from tunesmith.model.native_attention import NativeAttention, batches
 from tunesmith.model.sparse import Pattern
@@ -58,7 +58,8 @@ def _attend_tiled(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, pattern: Pattern | None, dropout: float
 ) -> Tensor:
     if pattern is None:
-        return _over_parts(q, k, v, [layout.tiles(window)], dropout)
+        native = dropout == 0 and kernels_for(q, k, v) is not None
+        return _over_parts(q, k, v, [layout.tiles(window, cut=NATIVE if native else BATCHED)], dropout)
     group = q.shape[1] // k.shape[1]
     found = []
     for low, high, field in pattern.split(k.shape[1]):

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,8 +25,17 @@ from tunesmith.errors import ModelError
 if TYPE_CHECKING:
     from tunesmith.model.sight import Picture
 
-QUERY_BLOCK = 256  # queries of a tile: long segments skip the half of the pairs that causality forbids
-TILE_ELEMENTS = 1 << 20  # scores of one batch of tiles (per head), which batched products hold at once
+
+class Cut(NamedTuple):
+    """How large tiles are: long segments skip the half of the pairs that causality forbids."""
+
+    queries: int  # of a tile
+    scores: int  # of one batch of tiles, per head
+    padding: float  # and how many times those that are not padding
+
+
+BATCHED = Cut(256, 1 << 20, 1.5)  # batched products hold all scores of a batch at once, and compute padding too
+NATIVE = Cut(512, 1 << 22, 2.0)  # native kernels hold a few rows of them, and gather each tile's keys
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Layout:
     device: torch.device = torch.device("cpu")
     answer_ends: np.ndarray | None = field(default=None, compare=False)
     pictures: tuple[Picture | None, ...] = field(default=(), compare=False)
-    _tiles: dict[tuple[int | None, Rule | None], tuple[Tensor, ...]] = field(
+    _tiles: dict[tuple[int | None, Rule | None, Cut], tuple[Tensor, ...]] = field(
         default_factory=dict, compare=False, repr=False
     )
 
@@ -192,30 +201,31 @@ class Layout:
         seen = (position[None] <= position[:, None]) & (own[None] <= own[:, None]) & (own[:, None] < end[None])
         return seen if window is None else seen & (position[:, None] - position[None] < window)
 
-    def tiles(self, window: int | None = None, rule: Rule | None = None) -> tuple[Tensor, ...]:
+    def tiles(self, window: int | None = None, rule: Rule | None = None, cut: Cut = BATCHED) -> tuple[Tensor, ...]:
         """Attention's work as a flat tuple (queries, keys, visible) of batches of tiles, made once a layout.
 
         `queries` (batch, n) and `keys` (batch, m) are row indices, keys in the order of their positions; query i of
         tile b sees its tile's keys from visible[b, i, 0] up to visible[b, i, 1], (batch, n, 2). A padded query is -1
         and sees one key (its result is dropped); padded keys are 0 and seen by none. With a `rule`, only its pairs.
         """
-        if (window, rule) not in self._tiles:
-            batches = [batch for group in _batched(list(self._cut(window, rule))) for batch in _padded(group)]
-            self._tiles[window, rule] = tuple(t.to(self.device) for t in batches)
-        return self._tiles[window, rule]
+        if (window, rule, cut) not in self._tiles:
+            groups = _batched(list(self._cut(window, rule, cut)), cut)
+            batches = [batch for group in groups for batch in _padded(group)]
+            self._tiles[window, rule, cut] = tuple(t.to(self.device) for t in batches)
+        return self._tiles[window, rule, cut]
 
-    def _cut(self, window: int | None, rule: Rule | None) -> Iterator[Tile]:
+    def _cut(self, window: int | None, rule: Rule | None, cut: Cut) -> Iterator[Tile]:
         """Cut every segment's queries into blocks, each with only the keys that some of its queries may see."""
         for segment, length in enumerate(self.lengths):
             seen = self.rows_of(segment)
             before = len(seen) - length
-            yield from _causal(seen, before, window) if rule is None else rule.tiles(seen, before, window)
+            yield from _causal(seen, before, window, cut) if rule is None else rule.tiles(seen, before, window)
 
 
-def _causal(rows: np.ndarray, before: int, window: int | None) -> Iterator[Tile]:
+def _causal(rows: np.ndarray, before: int, window: int | None, cut: Cut) -> Iterator[Tile]:
     """All earlier keys, or the last `window`."""
-    for first in range(before, len(rows), QUERY_BLOCK):
-        last = min(first + QUERY_BLOCK, len(rows))
+    for first in range(before, len(rows), cut.queries):
+        last = min(first + cut.queries, len(rows))
         lowest = 0 if window is None else max(0, first - window + 1)
         ends = np.arange(first, last) + 1 - lowest
         begins = np.zeros_like(ends) if window is None else np.maximum(ends - window, 0)
@@ -235,7 +245,7 @@ def _padded(group: list[Tile]) -> Iterator[Tensor]:
     yield from (torch.from_numpy(queries), torch.from_numpy(keys), torch.from_numpy(visible))
 
 
-def _batched(tiles: list[Tile]) -> Iterator[list[Tile]]:
+def _batched(tiles: list[Tile], cut: Cut) -> Iterator[list[Tile]]:
     """Group tiles of similar size, so that little of a batched product is padding."""
     group: list[Tile] = []
     n = m = true = 0
@@ -243,7 +253,7 @@ def _batched(tiles: list[Tile]) -> Iterator[list[Tile]]:
         n, m = max(n, len(tile.query)), max(m, len(tile.keys))
         true += len(tile.query) * len(tile.keys)
         padded = (len(group) + 1) * n * m
-        if group and (padded > TILE_ELEMENTS or padded > 1.5 * true + 4096):
+        if group and (padded > cut.scores or padded > cut.padding * true + 4096):
             yield group
             group, n, m = [], len(tile.query), len(tile.keys)
             true = n * m

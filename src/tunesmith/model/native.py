@@ -107,16 +107,18 @@ class Kernels:
         v: Tensor,
         grad: Tensor,
         tiles: Tiles,
+        sums: Tensor,
         inner: Tensor | None,
         found: tuple[Tensor, Tensor, Tensor],
     ) -> None:
         """Of the gradients in `found`, write the batch's rows of that of q, and add to those of k and v, in float32.
 
-        `inner`: of every row, the sum of p dp, (tokens, heads, 1), float32, where it runs over more keys than these.
+        Of every row, (tokens, heads, 1), float32: `sums`, what the forward wrote, over all keys that it sees; `inner`,
+        the sum of p dp, where it runs over more keys than these.
         """
         sizes, work, each = _attention_memory(q, k, tiles, copies=3, scores=2)
         keys = work.new_empty(2 * len(tiles[1]) * k.shape[1] * each)
-        self.call("attention_backward", q.dtype, q, k, v, grad, or_null(inner), *tiles, *found, keys, work, sizes)
+        self.call("attention_backward", q.dtype, q, k, v, grad, sums, or_null(inner), *tiles, *found, keys, work, sizes)
 
     def cross_entropy(self, logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         """Weighted losses (rows,), float32, of logits (rows, size), which become their own gradient."""

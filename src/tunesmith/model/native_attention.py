@@ -29,12 +29,12 @@ class NativeAttention(torch.autograd.Function):
         found = []
         for part in _split(tiles, sizes):
             out = torch.zeros_like(q) if merged else torch.empty_like(q)
-            sums = q.new_full((*q.shape[:2], 1), -math.inf, dtype=torch.float32) if merged else None
+            sums = q.new_full((*q.shape[:2], 1), -math.inf, dtype=torch.float32)
             for batch in batches(part):
                 kernels.attention(q, k, v, batch, out, sums)
             found.append((out, sums))
-        out, weights = _merged(found)
-        ctx.save_for_backward(q, k, v, *([out] if merged else []), *weights, *tiles)
+        out, sums = _merged(found)
+        ctx.save_for_backward(q, k, v, sums, *([out] if merged else []), *tiles)
         ctx.sizes = tuple(sizes)
         return out
 
@@ -42,21 +42,18 @@ class NativeAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and v."""
-        q, k, v, *rest = ctx.saved_tensors
+        q, k, v, sums, *rest = ctx.saved_tensors
         kernels, sizes = _kernels(q), ctx.sizes
         merged = len(sizes) > 1
-        more = 1 + len(sizes) if merged else 0
-        (out, *weights), tiles = rest[:more] or (None,), rest[more:]
+        out, tiles = (rest[0], rest[1:]) if merged else (None, rest)
         grad, dq = grad.contiguous(), torch.zeros_like(q) if merged else torch.empty_like(q)
         dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (k, v))
         inner = None if out is None else (grad.float() * out).sum(-1, keepdim=True)
-        for part, weight in zip(_split(tiles, sizes), weights or [None], strict=True):
-            own, of_own, some = grad, inner, dq
-            if inner is not None:
-                own, of_own, some = (grad * weight).to(q.dtype), inner * weight, torch.zeros_like(q)
+        for part in _split(tiles, sizes):
+            some = torch.zeros_like(q) if merged else dq
             for batch in batches(part):
-                kernels.attention_backward(q, k, v, own, batch, of_own, (some, dk, dv))
-            if some is not dq:
+                kernels.attention_backward(q, k, v, grad, batch, sums, inner, (some, dk, dv))
+            if merged:
                 dq += some
         return dq, dk.to(k.dtype), dv.to(v.dtype), *[None] * (1 + len(tiles))
 
@@ -68,14 +65,13 @@ def _split(tiles: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[Sequence[T
         start += size
 
 
-def _merged(found: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, list[Tensor]]:
-    """The parts' outputs as one, and each part's weight exp(s_part - s), (tokens, heads, 1), float32."""
-    sums = [s for _, s in found if s is not None]
-    if not sums:
-        return found[0][0], []
-    weights = list(torch.stack(sums).softmax(0).unbind(0))
-    total = sum(out * weight for (out, _), weight in zip(found, weights, strict=True))
-    return torch.as_tensor(total).to(found[0][0].dtype), weights
+def _merged(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The parts' outputs as one, and the log-sum-exp of all scores, (tokens, heads, 1), float32."""
+    if len(found) == 1:
+        return found[0]
+    sums = torch.stack([s for _, s in found])
+    total = sum(out * weight for (out, _), weight in zip(found, sums.softmax(0), strict=True))
+    return torch.as_tensor(total).to(found[0][0].dtype), sums.logsumexp(0)
 
 
 def _kernels(x: Tensor) -> Kernels:
