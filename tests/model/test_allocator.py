@@ -70,6 +70,43 @@ def test_resident_memory_follows_the_peak_of_live_tensors() -> None:
 
 
 @needed
+def test_numbers_stay_where_they_are_and_pages_are_used_again() -> None:
+    told = in_child(
+        """
+        import random, resource
+        from tunesmith.train.memory import resident_memory
+        allocator.use()
+        draw, live, worst, before = random.Random(0), [], 0, resident_memory()[0]
+        def turn(i):
+            global worst
+            while live and (len(live) > 40 or draw.random() < 0.45):
+                value, t = live.pop(draw.randrange(len(live)))
+                assert bool((t == value).all()), value
+            size = int(draw.choice([0.3, 1, 2.5, 3, 7, 12, 20]) * draw.uniform(0.9, 1.1) * MIB) // 4
+            live.append((i, torch.full((size,), float(i))))
+            found = allocator.counts()
+            worst = max(worst, found.held - found.peak)
+            return 4 * size
+        for i in range(500):
+            turn(i)
+        at, mapped = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, allocator.counts().mapped
+        taken = sum(turn(i) for i in range(500, 1500))
+        told |= {"taken": taken, "faults": 4096 * (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - at)}
+        told |= {"mapped": allocator.counts().mapped - mapped, "worst": worst}
+        told |= {"held": allocator.counts().held, "rss": resident_memory()[0] - before}
+        assert all(bool((t == value).all()) for value, t in live)
+        live.clear()
+        allocator.release()
+        told |= {"live": allocator.counts().live, "left": allocator.counts().held}
+        """
+    )
+    assert told["worst"] <= allocator.SLACK and told["live"] == told["left"] == 0
+    assert told["rss"] <= told["held"] + 8 * MIB  # what it believes to hold
+    assert told["mapped"] > told["taken"] / 20  # many blocks were new ones,
+    assert told["faults"] < told["mapped"] / 4  # and were made of old pages
+
+
+@needed
 def test_too_much_is_an_error_that_says_so_and_leaves_the_rest_usable() -> None:
     told = in_child(
         """

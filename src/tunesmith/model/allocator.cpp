@@ -8,7 +8,8 @@
 //
 //     resident <= max(peak of live bytes, now live) + SLACK
 //
-// So the peak that a plan counts from shapes is the peak that the process has. Small tensors are malloc's own.
+// So the peak that a plan counts from shapes is the peak that the process has. Where a new block comes at that bound, the
+// pages of what is given back are moved into it rather than zeroed anew. Small tensors are malloc's own.
 // allocator.py builds this file against the headers of the torch that is installed, and says where it cannot.
 
 #include <c10/core/Allocator.h>
@@ -23,13 +24,15 @@
 #include <mutex>
 #include <set>
 #include <unordered_map>
+#include <vector>
 
 namespace {
 
 constexpr size_t LARGE = 256 << 10;  // bytes: smaller requests go to malloc
 constexpr size_t PAGE = 4096;
 constexpr size_t SLACK = 48 << 20;
-constexpr size_t WASTE = 2;  // a block may be this many times what was asked for
+constexpr size_t WASTE = 2;        // a block may be this many times what was asked for
+constexpr size_t MOVED = 1 << 20;  // the least that is moved at once: a process may have some 65,000 mappings
 
 struct Block {
     char* at;
@@ -37,6 +40,7 @@ struct Block {
     size_t size;      // bytes that its tensor asked for, in whole pages
     size_t touched;   // the first bytes that may be in main memory
     uint64_t freed;   // when it was freed last
+    std::vector<size_t> pieces;  // the bytes of its mappings, in their order: pages of two cannot be moved at once
 };
 
 struct SmallestThatFits {
@@ -52,17 +56,16 @@ public:
         const std::lock_guard<std::mutex> lock(mutex_);
         const size_t size = (bytes + PAGE - 1) / PAGE * PAGE, before = peak_;
         peak_ = std::max(peak_, live_ + size);
-        Block wanted{nullptr, size, 0, 0, UINT64_MAX};
+        Block wanted{nullptr, size, 0, 0, UINT64_MAX, {}};
         auto found = free_.lower_bound(&wanted);
         Block* block;
         if (found != free_.end() && (*found)->capacity <= WASTE * size) {
             block = *found;
             free_.erase(found);
-            make_room(size > block->touched ? size - block->touched : 0);
         } else {
-            make_room(size);
             block = mapped(size, before);
         }
+        make_room(*block, size);
         live_ += size;
         block->size = size;
         resident_ += size > block->touched ? size - block->touched : 0;
@@ -86,7 +89,7 @@ public:
 
     void release() {
         const std::lock_guard<std::mutex> lock(mutex_);
-        while (!free_.empty()) unmap(oldest());
+        while (!free_.empty()) give_back(oldest(), 0);
         peak_ = live_;
     }
 
@@ -99,23 +102,87 @@ public:
     }
 
 private:
-    // Gives back what is not in use until `more` bytes go under the bound, or nothing is left to give.
-    void make_room(size_t more) {
-        const size_t bound = peak_ + SLACK;
-        while (resident_ + more > bound && !free_.empty()) unmap(oldest());
-        if (resident_ + more <= bound) return;
-        for (const auto& [at, block] : used_) {  // the ends of blocks that are longer than their tensors
-            if (block->touched == block->size) continue;
-            madvise(block->at + block->size, block->touched - block->size, MADV_DONTNEED);
-            resident_ -= block->touched - block->size;
-            block->touched = block->size;
+    // Gives back what is not in use until `wanted`, free no more, may have `size` bytes within the bound, or nothing is left
+    // to give; what was given back becomes the pages that it lacks.
+    void make_room(Block& wanted, size_t size) {
+        const size_t more = size > wanted.touched ? size - wanted.touched : 0, bound = peak_ + SLACK;
+        Goal goal{wanted.at, wanted.touched, std::max(size, wanted.touched), {}};
+        while (resident_ + more > bound && !free_.empty()) {
+            Block* block = oldest();
+            const size_t least = std::max(resident_ + more - bound, MOVED);
+            give_back(block, block->touched > least + MOVED ? block->touched - least : 0, &goal);
         }
+        for (const auto& [at, block] : used_) {  // the ends of blocks that are longer than their tensors
+            if (resident_ + more <= bound) break;
+            if (block->touched > block->size) shrink(*block, block->size, &goal);
+        }
+        if (goal.pieces.empty()) return;
+        std::vector<size_t> pieces = part(wanted.pieces, 0, wanted.touched);
+        pieces.insert(pieces.end(), goal.pieces.begin(), goal.pieces.end());
+        const std::vector<size_t> rest = part(wanted.pieces, goal.next, wanted.capacity);
+        pieces.insert(pieces.end(), rest.begin(), rest.end());
+        wanted.pieces = std::move(pieces);
+    }
+
+    // Where pages go: to `at` + `next`, up to `at` + `end`, in these pieces so far.
+    struct Goal {
+        char* at;
+        size_t next, end;
+        std::vector<size_t> pieces;
+    };
+
+    // Gives back a free block beyond `keep` bytes.
+    void give_back(Block* block, size_t keep, Goal* goal = nullptr) {
+        free_.erase(block);
+        shrink(*block, keep, goal);
+        if (keep)
+            free_.insert(block);
+        else
+            delete block;
+    }
+
+    // Gives back what a block has beyond `keep` bytes, which it has touched; its pages are moved to `goal` if there is one.
+    void shrink(Block& block, size_t keep, Goal* goal) {
+        size_t at = keep;
+        for (const size_t piece : part(block.pieces, keep, block.capacity)) {
+            const size_t touched = block.touched - std::min(at, block.touched);
+            const size_t size = goal ? std::min({piece, touched, goal->end - goal->next}) : 0;
+            const size_t moved = size >= MOVED && move(block.at + at, goal->at + goal->next, size) ? size : 0;
+            if (moved) {
+                goal->pieces.push_back(moved);
+                goal->next += moved;
+            }
+            if (moved < piece) munmap(block.at + at + moved, piece - moved);  // never what was moved: others may be there
+            at += piece;
+        }
+        block.pieces = part(block.pieces, 0, keep);
+        resident_ -= block.touched - keep;
+        block.touched = block.capacity = keep;
+    }
+
+    static bool move(char* from, char* to, size_t size) {
+        if (mremap(from, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, to) != MAP_FAILED) return true;
+        const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;  // the system may have unmapped the goal before it failed
+        TORCH_CHECK(mmap(to, size, PROT_READ | PROT_WRITE, flags, -1, 0) != MAP_FAILED, "can't allocate memory: ", size, " bytes");
+        return false;
+    }
+
+    // The pieces, or parts of them, from byte `first` to byte `last`.
+    static std::vector<size_t> part(const std::vector<size_t>& pieces, size_t first, size_t last) {
+        std::vector<size_t> found;
+        size_t at = 0;
+        for (const size_t piece : pieces) {
+            const size_t low = std::max(at, first), high = std::min(at + piece, last);
+            if (low < high) found.push_back(high - low);
+            at += piece;
+        }
+        return found;
     }
 
     Block* mapped(size_t size, size_t peak_before) {
         void* at = map(size);
         if (at == MAP_FAILED) {
-            while (!free_.empty()) unmap(oldest());
+            while (!free_.empty()) give_back(oldest(), 0);
             at = map(size);
         }
         if (at == MAP_FAILED) {
@@ -123,7 +190,7 @@ private:
             TORCH_CHECK(false, "can't allocate memory: ", size, " bytes were asked for, ", live_, " are in use");
         }
         mapped_ += size;
-        return new Block{static_cast<char*>(at), size, 0, 0, 0};
+        return new Block{static_cast<char*>(at), size, 0, 0, 0, {size}};
     }
 
     static void* map(size_t size) {
@@ -133,13 +200,6 @@ private:
     Block* oldest() const {
         const auto earlier = [](const Block* a, const Block* b) { return a->freed < b->freed; };
         return *std::min_element(free_.begin(), free_.end(), earlier);
-    }
-
-    void unmap(Block* block) {
-        free_.erase(block);
-        resident_ -= block->touched;
-        munmap(block->at, block->capacity);
-        delete block;
     }
 
     std::mutex mutex_;
