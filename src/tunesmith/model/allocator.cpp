@@ -163,7 +163,8 @@ private:
     static bool move(char* from, char* to, size_t size) {
         if (mremap(from, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, to) != MAP_FAILED) return true;
         const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;  // the system may have unmapped the goal before it failed
-        TORCH_CHECK(mmap(to, size, PROT_READ | PROT_WRITE, flags, -1, 0) != MAP_FAILED, "can't allocate memory: ", size, " bytes");
+        const bool there = mmap(to, size, PROT_READ | PROT_WRITE, flags, -1, 0) != MAP_FAILED;
+        TORCH_CHECK(there, "can't allocate memory: ", size, " bytes");
         return false;
     }
 
