@@ -245,13 +245,16 @@ def gain(tmp_path, monkeypatch) -> Iterator[adapters.Method]:
     (block,) = (code for code in fenced(page("docs/adding-a-method.md")) if "METHOD = " in code)
     (tmp_path / "gain.py").write_text(block, encoding="utf-8")
     monkeypatch.setattr(adapters, "__path__", [*adapters.__path__, str(tmp_path)])
-    adapters._methods.cache_clear()
+    found = (adapters._methods, adapters._called)
+    for each in found:
+        each.cache_clear()
     try:
         yield adapters.find_method("gain")
     finally:
         sys.modules.pop("tunesmith.adapters.gain", None)
         vars(adapters).pop("gain", None)
-        adapters._methods.cache_clear()
+        for each in found:
+            each.cache_clear()
 
 
 def test_the_method_of_the_page_obeys_the_laws(gain) -> None:
